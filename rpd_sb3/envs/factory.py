@@ -1,0 +1,131 @@
+"""One way to make an environment, or many of them: ManiSkill ids and any other Gymnasium id."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from rpd_sb3.teachers.base import TeacherSpec
+
+VEC_ENVS = ("subproc", "dummy")
+
+
+def make_env(
+    env_id: str,
+    *,
+    obs: str | None = None,
+    reward: str | None = None,
+    camera: str | None = None,
+    image_size: int | None = None,
+    on_success: str | None = None,
+    control_mode: str | None = None,
+    teacher: TeacherSpec | None = None,
+    render_mode: str | None = None,
+    **env_kwargs: Any,
+) -> gym.Env:
+    """One environment with the plain Gymnasium API.
+
+    The named options are ManiSkill's; None takes the default in brackets.
+
+    :param env_id: a ManiSkill id or any id that Gymnasium knows
+    :param obs: the student's view: ``state``, ``rgb`` or ``rgb+state`` [state]
+    :param reward: ``sparse`` or ``dense`` [sparse]
+    :param camera: ``human``, the paper's side view, or ``base``, ManiSkill's own [human]
+    :param image_size: side of the square image in pixels [256]
+    :param on_success: ``terminate``, ``truncate`` or ``continue`` the episode [terminate]
+    :param control_mode: ManiSkill controller [pd_ee_delta_pose]
+    :param teacher: spec of the teacher whose inputs the observation shall carry under ``teacher/``
+    :param render_mode: Gymnasium's
+    :param env_kwargs: further arguments of the environment itself
+    :raises ValueError: for an unknown id, or an option that the environment does not have
+    """
+    from rpd_sb3.envs import maniskill
+
+    options = {
+        "obs": obs,
+        "reward": reward,
+        "camera": camera,
+        "image_size": image_size,
+        "on_success": on_success,
+        "control_mode": control_mode,
+    }
+    if not maniskill.is_maniskill(env_id):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
+        check_env_id(env_id)
+        return gym.make(env_id, render_mode=render_mode, **env_kwargs)
+    inputs = () if teacher is None else teacher.inputs
+    sizes = {} if teacher is None else dict(teacher.image_sizes)
+    camera = camera or "human"
+    teacher_size = sizes.get(camera)
+    if teacher_size is not None and teacher_size[0] != teacher_size[1]:
+        raise ValueError(f"teacher {teacher.name!r} asks for images of {teacher_size}; only square ones are rendered")  # type: ignore[union-attr]
+    view = maniskill.View(
+        obs=obs or "state",
+        camera=camera,
+        image_size=image_size or 256,
+        on_success=on_success or "terminate",
+        teacher_inputs=inputs,
+        teacher_image_size=None if teacher_size is None else teacher_size[0],
+    )
+    reward = reward or "sparse"
+    maniskill.check_view(env_id, view, reward)
+    return maniskill.make_maniskill(env_id, view, reward, control_mode or "pd_ee_delta_pose", render_mode, **env_kwargs)
+
+
+def check_env_id(env_id: str) -> None:
+    """Make sure that the id exists.
+
+    :raises ValueError: naming the closest known id
+    """
+    from rpd_sb3.envs import maniskill
+
+    if maniskill.is_maniskill(env_id) or env_id in gym.registry:
+        return
+    known = sorted(set(maniskill.REGISTERED_ENVS) | set(gym.registry))
+    hint = get_close_matches(env_id, known, n=1)
+    closest = f"; did you mean {hint[0]!r}?" if hint else ""
+    raise ValueError(f"env {env_id!r} is unknown to ManiSkill and Gymnasium{closest}")
+
+
+def make_vec_env(
+    env_id: str, n_envs: int = 1, *, seed: int | None = None, vec_env: str = "subproc", **options: Any
+) -> VecEnv:
+    """A VecEnv of monitored environments, seeded with ``seed``, ``seed + 1``, ...
+
+    :param env_id: a ManiSkill id or any id that Gymnasium knows
+    :param n_envs: number of environments
+    :param seed: seed of the first environment; None: unseeded
+    :param vec_env: ``subproc`` for one worker process each, ``dummy`` to stay in this process
+    :param options: arguments of :func:`make_env`
+    """
+    if vec_env not in VEC_ENVS:
+        raise ValueError(f"vec_env={vec_env!r} is unknown; choose one of {', '.join(VEC_ENVS)}")
+    if n_envs < 1:
+        raise ValueError(f"n_envs={n_envs} must be at least 1")
+    thunks = [_thunk(env_id, options) for _ in range(n_envs)]
+    if vec_env == "dummy":
+        venv: VecEnv = DummyVecEnv(thunks)
+    else:
+        # The fork server imports the simulator once; its children start in milliseconds and share the memory.
+        multiprocessing.set_forkserver_preload(["rpd_sb3.envs.worker"])
+        venv = SubprocVecEnv(thunks, start_method="forkserver")
+    venv.seed(seed)
+    return venv
+
+
+def _thunk(env_id: str, options: dict[str, Any]) -> Callable[[], gym.Env]:
+    def make() -> gym.Env:
+        import torch
+
+        torch.set_num_threads(1)  # one core per worker; more threads only contend
+        return Monitor(make_env(env_id, **options))
+
+    return make

@@ -1,0 +1,275 @@
+"""ManiSkill tasks as plain Gymnasium environments: numpy, one episode at a time, reproducible per seed.
+
+Shape letters: H and W pixels, S state values, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cv2
+import gymnasium as gym
+import mani_skill.envs  # noqa: F401  (registers the tasks)
+import numpy as np
+import torch
+from gymnasium import spaces
+from mani_skill.utils import common
+from mani_skill.utils.registration import REGISTERED_ENVS
+from mani_skill.utils.wrappers import CPUGymWrapper
+
+from rpd_sb3.envs.tasks import TASKS
+from rpd_sb3.teachers.base import TEACHER_PREFIX
+from rpd_sb3.teachers.privileged import SIZE as PRIVILEGED_SIZE
+from rpd_sb3.teachers.privileged import field_slices
+
+OBS_MODES = ("state", "rgb", "rgb+state")
+REWARD_MODES = ("sparse", "dense")
+CAMERAS = ("human", "base")
+ON_SUCCESS = ("terminate", "truncate", "continue")
+PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
+PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
+
+
+class View(NamedTuple):
+    """What the environment shows, and how it ends."""
+
+    obs: str
+    """Student's view: ``state``, ``rgb`` or ``rgb+state`` (image and proprioception)."""
+    camera: str
+    image_size: int
+    on_success: str
+    """``terminate`` the episode, ``truncate`` it (the RPD authors bootstrap the value on success too),
+    or ``continue`` until the time limit (evaluation)."""
+    teacher_inputs: tuple[str, ...] = ()
+    """Inputs given under ``teacher/``: ``privileged``, ``state``, ``images.<camera>``."""
+    teacher_image_size: int | None = None
+    """Side of the teacher's image; None: the student's. The student's is then a downscaled copy."""
+
+    @property
+    def renders(self) -> bool:
+        return self.obs != "state" or any(name.startswith("images.") for name in self.teacher_inputs)
+
+    @property
+    def render_size(self) -> int:
+        return self.teacher_image_size or self.image_size
+
+
+def is_maniskill(env_id: str) -> bool:
+    """True if ManiSkill registers an environment of this name."""
+    return env_id in REGISTERED_ENVS
+
+
+@lru_cache(maxsize=None)
+def human_camera(env_id: str) -> dict[str, Any]:
+    """Pose and field of view of the task's side-view camera (``human`` in the RPD paper, section III-B)."""
+    env = gym.make(env_id, obs_mode="none", sim_backend="physx_cpu", render_backend="cpu")
+    config = env.unwrapped.scene.human_render_cameras["render_camera"].config  # type: ignore[attr-defined]
+    pose = config.pose.raw_pose[0].tolist()
+    env.close()
+    return {"pose": pose, "fov": config.fov}
+
+
+def make_maniskill(
+    env_id: str,
+    view: View,
+    reward: str,
+    control_mode: str,
+    render_mode: str | None = None,
+    sensor_configs: dict[str, Any] | None = None,
+    **env_kwargs: Any,
+) -> gym.Env:
+    """One ManiSkill task on the CPU behind the plain Gymnasium API.
+
+    :param env_id: a ManiSkill id, e.g. ``PickCube-v1``
+    :param view: what student and teacher see
+    :param reward: ``sparse`` (1 on success, else 0) or ``dense`` (ManiSkill's normalized_dense)
+    :param control_mode: name of a ManiSkill controller
+    :param render_mode: Gymnasium's; ``rgb_array`` for videos
+    :param sensor_configs: overrides for ManiSkill's cameras, on top of those of ``view``
+    :param env_kwargs: further arguments of the ManiSkill environment
+    """
+    if env_id == "StackCube-v1":
+        # Its default robot carries a second camera whose image does not fit the first one's.
+        env_kwargs.setdefault("robot_uids", "panda")
+    if view.renders:
+        base_camera = {"width": view.render_size, "height": view.render_size}
+        if view.camera == "human":
+            base_camera |= human_camera(env_id)
+        sensor_configs = {"base_camera": base_camera} | (sensor_configs or {})
+    with torch.inference_mode():
+        env = gym.make(
+            env_id,
+            obs_mode="rgb+state" if view.renders else "state",
+            reward_mode="sparse" if reward == "sparse" else "normalized_dense",
+            control_mode=control_mode,
+            sim_backend="physx_cpu",
+            render_backend="cuda" if torch.cuda.is_available() else "cpu",
+            render_mode=render_mode,
+            sensor_configs=sensor_configs or {},
+            **env_kwargs,
+        )
+        return ManiSkillAdapter(env_id, CPUGymWrapper(env), view)
+
+
+class ManiSkillAdapter(gym.Wrapper):
+    """Student's and teacher's views, honest episode ends and per-episode seeds for one ManiSkill environment.
+
+    ``info`` carries ``is_success`` at every step, and ``success_once`` and ``success_at_end`` at the last one.
+    After ``reset(seed=s)`` the seeds of all later episodes follow from ``s`` alone: not from the steps taken, other
+    environments, or the global generators that ManiSkill itself draws from.
+    """
+
+    def __init__(self, env_id: str, env: CPUGymWrapper, view: View) -> None:
+        super().__init__(env)
+        self.view = view
+        self.task = TASKS.get(env_id)
+        self.horizon: int = gym.spec(env_id).max_episode_steps  # type: ignore[assignment]
+        self._episode_seeds = np.random.default_rng()
+        self._slices = field_slices()
+        self._success_once = False
+        if "privileged" in view.teacher_inputs and self.task is None:
+            raise ValueError(
+                f"env {env_id!r} has no privileged state for a scripted teacher; tasks that have: {', '.join(TASKS)}"
+            )
+        if view.renders and view.camera == "human":
+            self._unhide()
+        self.action_space = env.action_space
+        self.observation_space = self._spaces(env.observation_space)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self._episode_seeds = np.random.default_rng(seed)
+        else:
+            seed = int(self._episode_seeds.integers(2**31))
+        with torch.inference_mode():
+            raw, _ = self.env.reset(seed=seed, options=options)
+            self._success_once = False
+            return self._observation(raw), {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        with torch.inference_mode():
+            raw, reward, _, truncated, raw_info = self.env.step(np.asarray(action, np.float32))
+            obs = self._observation(raw)
+        success = bool(raw_info["success"])
+        self._success_once |= success
+        truncated = bool(truncated)
+        terminated = False
+        if success and self.view.on_success == "terminate":
+            terminated, truncated = True, False
+        elif success and self.view.on_success == "truncate":
+            truncated = True
+        info = {"is_success": success}
+        if terminated or truncated:
+            info |= {"success_once": self._success_once, "success_at_end": success}
+        return obs, float(reward), terminated, truncated, info
+
+    def _unhide(self) -> None:
+        """Show what ManiSkill hides from its sensors: PickCube's goal marker (paper, section III-B)."""
+        hidden = self.env.unwrapped._hidden_objects
+        for actor in hidden:
+            actor.show_visual()
+        hidden.clear()
+
+    def _spaces(self, raw: spaces.Space) -> spaces.Space:
+        view = self.view
+        state = raw["state"] if view.renders else raw  # type: ignore[index]
+        image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
+        student: dict[str, spaces.Space] = {
+            "state": {"state": state},
+            "rgb": {"rgb": image},
+            "rgb+state": {"rgb": image, "state": PROPRIOCEPTION_SPACE},
+        }[view.obs]
+        teacher: dict[str, spaces.Space] = {}
+        for name in view.teacher_inputs:
+            if name == "privileged":
+                space = spaces.Box(-np.inf, np.inf, (PRIVILEGED_SIZE,), np.float32)
+            elif name == "state":
+                space = state
+            else:
+                space = spaces.Box(0, 255, (view.render_size, view.render_size, 3), np.uint8)
+            teacher[TEACHER_PREFIX + name] = space
+        if len(student) == 1 and not teacher:
+            return next(iter(student.values()))
+        return spaces.Dict(student | teacher)
+
+    def _observation(self, raw: Any) -> Any:
+        view = self.view
+        state = raw["state"] if view.renders else raw
+        frame = raw["sensor_data"]["base_camera"]["rgb"] if view.renders else None
+        obs: dict[str, np.ndarray] = {}
+        if view.obs == "state":
+            obs["state"] = state
+        else:
+            obs["rgb"] = self._student_image(frame)
+        if view.obs == "rgb+state":
+            obs["state"] = self._proprioception()
+        if len(obs) == 1 and not view.teacher_inputs:
+            return next(iter(obs.values()))
+        for name in view.teacher_inputs:
+            value = self._privileged() if name == "privileged" else state if name == "state" else frame
+            obs[TEACHER_PREFIX + name] = value
+        return obs
+
+    def _student_image(self, frame: np.ndarray) -> np.ndarray:
+        size = self.view.image_size
+        if frame.shape[0] == size:
+            return frame
+        return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+
+    def _proprioception(self) -> np.ndarray:
+        """Joint positions and velocities and the tool's pose, (25,): what a real arm knows of itself."""
+        agent = self.env.unwrapped.agent
+        parts = (agent.robot.qpos[0], agent.robot.qvel[0], agent.tcp.pose.raw_pose[0])
+        return np.concatenate([common.to_numpy(part) for part in parts]).astype(np.float32)
+
+    def _privileged(self) -> np.ndarray:
+        """The vector laid out in :mod:`rpd_sb3.teachers.privileged`, (S,)."""
+        assert self.task is not None
+        scene = self.env.unwrapped
+        robot = scene.agent.robot
+        to_base = robot.pose.sp.inv()
+        out = np.zeros(PRIVILEGED_SIZE, np.float32)
+
+        def put_pose(field: str, actor: Any) -> None:
+            pose = to_base * actor.pose.sp
+            out[self._slices[field]] = (*pose.p, *pose.q)
+
+        put_pose("tcp_pose", scene.agent.tcp)
+        out[self._slices["gripper"]] = float(robot.qpos[0, -2:].mean())
+        target = getattr(scene, self.task.object)
+        put_pose("object_pose", target)
+        velocity = to_base.to_transformation_matrix()[:3, :3] @ common.to_numpy(target.linear_velocity)[0]
+        out[self._slices["object_velocity"]] = velocity
+        if self.task.tool is not None:
+            put_pose("tool_pose", getattr(scene, self.task.tool))
+        if self.task.goal is not None:
+            out[self._slices["goal"]] = (to_base * getattr(scene, self.task.goal).pose.sp).p
+        return out
+
+
+def check_view(env_id: str, view: View, reward: str) -> None:
+    """Say clearly which option has a value that does not exist.
+
+    :raises ValueError: for an unknown option value, or a teacher's view that cannot be given
+    """
+    options: Sequence[tuple[str, str, Sequence[str]]] = (
+        ("obs", view.obs, OBS_MODES),
+        ("reward", reward, REWARD_MODES),
+        ("camera", view.camera, CAMERAS),
+        ("on_success", view.on_success, ON_SUCCESS),
+    )
+    for name, value, known in options:
+        if value not in known:
+            raise ValueError(f"env {env_id!r}: {name}={value!r} is unknown; choose one of {', '.join(known)}")
+    if view.image_size < 8 or view.image_size > view.render_size:
+        raise ValueError(
+            f"env {env_id!r}: image_size={view.image_size} must be between 8 and the teacher's {view.render_size} pixels"
+        )
+    available = ("privileged", "state", f"images.{view.camera}")
+    for name in view.teacher_inputs:
+        if name not in available:
+            raise ValueError(
+                f"the teacher asks for {name!r}, but env {env_id!r} with camera={view.camera!r} gives {', '.join(available)}"
+            )
