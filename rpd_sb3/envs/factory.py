@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 from rpd_sb3.teachers.base import TeacherSpec
 
 VEC_ENVS = ("subproc", "dummy")
@@ -103,7 +103,7 @@ def make_vec_env(
     :param env_id: a ManiSkill id or any id that Gymnasium knows
     :param n_envs: number of environments
     :param seed: seed of the first environment; None: unseeded
-    :param vec_env: ``subproc`` for one worker process each, ``dummy`` to stay in this process
+    :param vec_env: ``subproc`` for worker processes, one per core, ``dummy`` to stay in this process
     :param options: arguments of :func:`make_env`
     """
     if vec_env not in VEC_ENVS:
@@ -111,12 +111,7 @@ def make_vec_env(
     if n_envs < 1:
         raise ValueError(f"n_envs={n_envs} must be at least 1")
     thunks = [_thunk(env_id, options) for _ in range(n_envs)]
-    if vec_env == "dummy":
-        venv: VecEnv = DummyVecEnv(thunks)
-    else:
-        # The fork server imports the simulator once; its children start in milliseconds and share the memory.
-        multiprocessing.set_forkserver_preload(["rpd_sb3.envs.worker"])
-        venv = SubprocVecEnv(thunks, start_method="forkserver")
+    venv: VecEnv = DummyVecEnv(thunks) if vec_env == "dummy" else WorkerPoolVecEnv(thunks)
     venv.seed(seed)
     return venv
 

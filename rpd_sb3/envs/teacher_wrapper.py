@@ -1,0 +1,87 @@
+"""TeacherWrapper: one Gymnasium environment that asks a teacher what it would have done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from rpd_sb3.envs.labels import PendingLabels
+from rpd_sb3.envs.views import check_spec, student_keys, student_space, student_view, teacher_view
+from rpd_sb3.teachers.base import Labels, Query, Teacher
+
+
+class TeacherWrapper(gym.Wrapper):
+    """Adds ``info["teacher_action"]`` (and other labels) to every step: what the teacher would have done there.
+
+    Synchronous; for many environments use :class:`rpd_sb3.envs.VecTeacher`, which labels them in one batch.
+
+    :param env: any Gymnasium environment
+    :param teacher: who labels
+    :param timeout: seconds to wait for an answer
+    :raises ValueError: if teacher and environment do not fit
+    """
+
+    def __init__(self, env: gym.Env, teacher: Teacher, *, timeout: float = 60.0) -> None:
+        check_spec(teacher.spec, env.observation_space, env.action_space)
+        super().__init__(env)
+        self.teacher = teacher
+        self.n_labels = 0
+        """Labels asked for so far."""
+        self.label_fraction = 1.0
+        self._timeout = timeout
+        self._rng = np.random.default_rng(0)
+        self._student_keys = student_keys(env.observation_space)
+        self._inputs: dict[str, np.ndarray] = {}
+        self._episode_start = True
+        self.observation_space = student_space(env.observation_space)
+
+    def label_names(self) -> frozenset[str]:
+        """Labels that the teacher gives."""
+        return self.teacher.spec.labels
+
+    def set_label_fraction(self, fraction: float) -> None:
+        """Change the share of steps to label; 0 asks nothing.
+
+        :raises ValueError: outside [0, 1]
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"label_fraction={fraction} must lie between 0 and 1")
+        self.label_fraction = fraction
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._episode_start = True
+        return self._split(obs), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        asked = self.label_fraction == 1.0 or self._rng.random() < self.label_fraction
+        labels = self.label(action) if asked else {}
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self._episode_start = False
+        info = info | {f"teacher_{name}": value[0] for name, value in labels.items()}
+        return self._split(obs), reward, terminated, truncated, info
+
+    def label(self, action: Any = None) -> Labels:
+        """Ask about the current observation and wait.
+
+        :param action: what the student does there, if it has decided
+        :return: label name to ``(1, ...)``
+        :raises TeacherError: if the answer is late or unusable
+        """
+        query = Query(
+            inputs=self._inputs,
+            env_ids=np.zeros(1, dtype=int),
+            episode_starts=np.array([self._episode_start]),
+            actions=None if action is None else np.asarray(action)[None],
+        )
+        self.n_labels += 1
+        labels = PendingLabels(self.teacher.submit(query), self.teacher.spec, 1, self._timeout, "raise").get()
+        assert labels is not None
+        return labels
+
+    def _split(self, obs: Any) -> Any:
+        batch = {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+        self._inputs = teacher_view(batch, self.env.observation_space, self.teacher.spec.inputs)
+        return student_view(obs, self._student_keys)

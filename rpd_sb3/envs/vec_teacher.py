@@ -1,0 +1,133 @@
+"""VecTeacher: a VecEnv that asks a teacher what it would have done. N is the number of environments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from rpd_sb3.envs.labels import ON_FAILURE, LazyLabel, PendingLabels
+from rpd_sb3.envs.views import check_spec, student_keys, student_space, student_view, teacher_view
+from rpd_sb3.teachers.base import Labels, Query, Teacher
+
+
+class VecTeacher(VecEnvWrapper):
+    """Adds ``info["teacher_action"]`` (and other labels) to every transition: what the teacher would have done there.
+
+    The label belongs to the observation on which the student acted, also where the episode ended and the VecEnv has
+    already reset. Every observation is labelled once, while the environments step. Values are lazy:
+    ``np.asarray(info["teacher_action"])`` waits for the teacher, everything else does not.
+
+    The teacher stays open when the VecEnv closes: who made it closes it.
+
+    :param venv: environments, usually from :func:`rpd_sb3.envs.make_vec_env`
+    :param teacher: who labels
+    :param label_fraction: share of transitions to label, drawn at random; the others carry no label
+    :param timeout: seconds to wait for an answer
+    :param on_failure: ``raise`` a TeacherError, or ``skip`` the labels of that step (they become NaN)
+    :param wait: give plain arrays instead of lazy values
+    :param seed: of the draw behind ``label_fraction``
+    :raises ValueError: if teacher and environments do not fit
+    """
+
+    def __init__(
+        self,
+        venv: VecEnv,
+        teacher: Teacher,
+        *,
+        label_fraction: float = 1.0,
+        timeout: float = 60.0,
+        on_failure: str = "raise",
+        wait: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_spec(teacher.spec, venv.observation_space, venv.action_space)
+        super().__init__(venv, observation_space=student_space(venv.observation_space))
+        if on_failure not in ON_FAILURE:
+            raise ValueError(f"VecTeacher: on_failure={on_failure!r} is unknown; choose one of {', '.join(ON_FAILURE)}")
+        if timeout <= 0:
+            raise ValueError(f"VecTeacher: timeout={timeout} must be positive (seconds)")
+        self.teacher = teacher
+        self.n_labels = 0
+        """Labels asked for so far."""
+        self._timeout, self._on_failure, self._wait = timeout, on_failure, wait
+        self._rng = np.random.default_rng(seed)
+        self._student_keys = student_keys(venv.observation_space)
+        self._inputs: dict[str, np.ndarray] = {}
+        self._episode_starts = np.ones(self.num_envs, dtype=bool)
+        self._pending: PendingLabels | None = None
+        self._asked = np.zeros(0, dtype=int)
+        self.set_label_fraction(label_fraction)
+
+    @property
+    def label_latency(self) -> float | None:
+        """Seconds that the last answered query took; None before the first answer."""
+        return None if self._pending is None else self._pending.latency
+
+    def set_label_fraction(self, fraction: float) -> None:
+        """Change the share of transitions to label from the next step on; 0 asks nothing.
+
+        :raises ValueError: outside [0, 1]
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"label_fraction={fraction} must lie between 0 and 1")
+        self.label_fraction = fraction
+
+    def reset(self) -> VecEnvObs:
+        obs = self.venv.reset()
+        self._episode_starts = np.ones(self.num_envs, dtype=bool)
+        return self._split(obs)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.venv.step_async(actions)
+        self._asked = self._draw()
+        self._pending = self._submit(self._asked, actions) if len(self._asked) else None
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        infos = list(infos)
+        if self._student_keys is not None:
+            for info in infos:
+                if "terminal_observation" in info:
+                    info["terminal_observation"] = student_view(info["terminal_observation"], self._student_keys)
+        if self._pending is not None:
+            for row, env in enumerate(self._asked):
+                for name in self.teacher.spec.labels:
+                    label: Any = LazyLabel(self._pending, name, row)
+                    infos[env][f"teacher_{name}"] = np.asarray(label) if self._wait else label
+        self._episode_starts = np.asarray(dones, dtype=bool)
+        return self._split(obs), rewards, dones, infos
+
+    def label(self) -> Labels:
+        """Ask about the current observations and wait: for teacher roll-outs, mixing as in DAgger, evaluation.
+
+        :return: label name to ``(N, ...)``
+        :raises TeacherError: if the answer is late or unusable
+        """
+        pending = self._submit(np.arange(self.num_envs), None)
+        labels = pending.get()
+        if labels is None:
+            labels = {name: np.stack([pending.row(name, i) for i in range(self.num_envs)]) for name in self.teacher.spec.labels}
+        return labels
+
+    def _split(self, obs: VecEnvObs) -> VecEnvObs:
+        self._inputs = teacher_view(obs, self.venv.observation_space, self.teacher.spec.inputs)
+        return student_view(obs, self._student_keys)
+
+    def _draw(self) -> np.ndarray:
+        if self.label_fraction == 1.0:
+            return np.arange(self.num_envs)
+        return np.flatnonzero(self._rng.random(self.num_envs) < self.label_fraction)
+
+    def _submit(self, rows: np.ndarray, actions: np.ndarray | None) -> PendingLabels:
+        query = Query(
+            inputs={name: value[rows] for name, value in self._inputs.items()},
+            env_ids=rows,
+            episode_starts=self._episode_starts[rows],
+            actions=None if actions is None else np.array(actions)[rows],
+        )
+        self.n_labels += len(rows)
+        spec = self.teacher.spec
+        return PendingLabels(self.teacher.submit(query), spec, len(rows), self._timeout, self._on_failure)

@@ -1,0 +1,327 @@
+"""The only training loop: PPO with two seams for distillation. Shape letters: B minibatch, A action dimensions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, safe_mean
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
+from torch.nn import functional as F
+
+from rpd_sb3.buffers import LabelledDictRolloutBuffer, LabelledRolloutBuffer, LabelledSamples, LabelReplay
+from rpd_sb3.envs.teacher_wrapper import TeacherWrapper
+from rpd_sb3.envs.vec_teacher import VecTeacher
+from rpd_sb3.losses import clipped_surrogate
+from rpd_sb3.teachers.base import TeacherError
+
+MAX_MISSING = 0.5
+"""Share of labels of one rollout that may fail to come before training stops."""
+
+
+class Student(NamedTuple):
+    """The student's view of a minibatch, with gradients."""
+
+    distribution: Distribution
+    """Action distribution of the B observations."""
+    values: th.Tensor
+    """``(B,)``"""
+    log_prob: th.Tensor
+    """``(B,)`` of the actions that were taken."""
+    entropy: th.Tensor | None
+    """``(B,)``; None if it has no closed form."""
+
+
+class Imitation(NamedTuple):
+    """What to imitate, and how the student would act there."""
+
+    distribution: Distribution
+    """The student's action distribution of n observations."""
+    labels: dict[str, th.Tensor]
+    """Label name to ``(n, ...)``"""
+    labelled: th.Tensor
+    """``(n,)`` bool: True where the teacher has answered."""
+
+
+class OnPolicyDistillation(PPO):
+    """PPO with two seams; bit-identical to SB3's PPO as long as nothing is distilled.
+
+    Subclasses say which labels they need and override :meth:`prepare_rollout`, :meth:`distill_loss`, or both. The
+    environment has to carry a teacher: ``VecTeacher`` around the VecEnv, or ``TeacherWrapper`` around each environment.
+
+    ``target_kl`` stops the surrogate (and with it the entropy bonus) for the rest of the update, never the distillation
+    term or the value loss: imitation alone moves a policy with a small std beyond any usual limit within minibatches.
+
+    :param policy: as in PPO
+    :param env: as in PPO, with a teacher
+    :param distill_coef: weight of the distillation term, a number or a schedule of the remaining progress; at 0 the
+        teacher is not asked
+    :param label_fraction: share of transitions to label
+    :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
+        0: only the current minibatch. Saved apart from the model, by :meth:`save_label_replay`
+    :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
+        would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
+    :param kwargs: PPO's arguments
+    :raises ValueError: if an argument is out of range, or the environment has no teacher that gives the labels
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Labels that the teacher must give."""
+
+    def __init__(
+        self,
+        policy: Any,
+        env: GymEnv | str | None,
+        *,
+        distill_coef: float | Schedule = 1.0,
+        label_fraction: float = 1.0,
+        label_replay: int = 0,
+        advantage_std_floor: float = 0.0,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(distill_coef, (int, float)) and not distill_coef >= 0:
+            raise ValueError(f"distill_coef={distill_coef} must not be negative")
+        if not 0.0 < label_fraction <= 1.0:
+            raise ValueError(f"label_fraction={label_fraction} must lie in (0, 1]; for no labels set distill_coef to 0")
+        if label_replay < 0:
+            raise ValueError(f"label_replay={label_replay} must not be negative")
+        if not advantage_std_floor >= 0:
+            raise ValueError(f"advantage_std_floor={advantage_std_floor} must not be negative")
+        super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
+        self.distill_coef = distill_coef
+        self.label_fraction = label_fraction
+        self.label_replay = label_replay
+        self.advantage_std_floor = advantage_std_floor
+        self._current_distill_coef = 0.0
+        if _init_setup_model:
+            self._check_teacher()
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        if self.rollout_buffer_class is None:
+            dict_obs = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
+        super()._setup_model()
+        self.distill_coef: Schedule = FloatSchedule(self.distill_coef)
+        self._label_replay = LabelReplay(self.label_replay) if self.label_replay else None
+
+    # Seams ------------------------------------------------------------------------------------------------------------
+
+    def prepare_rollout(self) -> None:
+        """Edit the full rollout buffer once, before it is shuffled."""
+
+    def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
+        """The term that ``distill_coef`` weighs, to be minimised.
+
+        :param batch: minibatch with labels
+        :param student: the current policy on it
+        :return: scalar, and values to log under ``train/``
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs {set(self.needs)} but defines no distill_loss")
+
+    # For subclasses ---------------------------------------------------------------------------------------------------
+
+    def schedule_distill_coef(self) -> float:
+        """Weight of the distillation term for the coming rollout."""
+        return float(self.distill_coef(self._current_progress_remaining))
+
+    def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
+        """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
+        if self._label_replay is None or self._label_replay.size == 0:
+            return Imitation(student.distribution, batch.labels, batch.labelled)
+        n = len(batch.labelled)
+        observations, labels = self._label_replay.sample(n)
+        tensors = obs_as_tensor(observations, self.device)
+        distribution = self.policy.get_distribution(tensors)  # type: ignore[arg-type]
+        return Imitation(
+            distribution,
+            {name: th.as_tensor(values, device=self.device) for name, values in labels.items()},
+            th.ones(n, dtype=th.bool, device=self.device),
+        )
+
+    # The teacher ------------------------------------------------------------------------------------------------------
+
+    def _check_teacher(self) -> None:
+        if not self.needs or self.env is None:
+            return
+        name = type(self).__name__
+        vec_teacher = unwrap_vec_wrapper(self.env, VecTeacher)
+        if vec_teacher is not None:
+            given = [vec_teacher.teacher.spec.labels]  # type: ignore[attr-defined]
+        elif all(self.env.env_is_wrapped(TeacherWrapper)):
+            given = self.env.env_method("label_names")
+        else:
+            raise ValueError(f"{name} needs a teacher: wrap the env, e.g. {name}(policy, VecTeacher(env, teacher))")
+        for labels in given:
+            if missing := self.needs - labels:
+                raise ValueError(f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}")
+
+    def _set_label_fraction(self, fraction: float) -> None:
+        assert self.env is not None
+        vec_teacher = unwrap_vec_wrapper(self.env, VecTeacher)
+        if vec_teacher is not None:
+            vec_teacher.set_label_fraction(fraction)  # type: ignore[attr-defined]
+        else:
+            self.env.env_method("set_label_fraction", fraction)
+
+    def learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, tb_log_name: str | None = None, **kwargs: Any
+    ) -> OnPolicyDistillation:
+        self._check_teacher()
+        return super().learn(total_timesteps, callback, tb_log_name=tb_log_name or type(self).__name__, **kwargs)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        if self.needs:
+            self._current_distill_coef = self.schedule_distill_coef()
+            self._set_label_fraction(self.label_fraction if self._current_distill_coef > 0 else 0.0)
+        completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if self.needs and not completed:
+            # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
+            # the consequences) of the one after.
+            self._last_obs, self._last_episode_starts = callback.locals["new_obs"], callback.locals["dones"]
+        return completed
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # SB3 calls this once for each step that goes into the rollout buffer, and never for an aborted one.
+        super()._update_info_buffer(infos, dones)
+        self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
+
+    def _gather_labels(self) -> None:
+        buffer: Any = self.rollout_buffer
+        missing = buffer.gather_labels(self.needs)
+        if not self.needs or self._current_distill_coef == 0:
+            return
+        if missing > MAX_MISSING:
+            raise TeacherError(f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may be")
+        if not buffer.labels and self.label_fraction == 1.0:
+            raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
+        self.logger.record("rollout/missing_labels", missing)
+        if self._label_replay is not None:
+            at = buffer.labelled
+            obs = buffer.observations
+            kept = {k: v[at] for k, v in obs.items()} if isinstance(obs, dict) else obs[at]
+            self._label_replay.extend(kept, {name: values[at] for name, values in buffer.labels.items()})
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        self._gather_labels()
+        self.prepare_rollout()
+        buffer: Any = self.rollout_buffer
+        distils = bool(self.needs) and self._current_distill_coef > 0 and bool(buffer.labels)
+        use_surrogate = True
+        logs: defaultdict[str, list[float]] = defaultdict(list)
+
+        for epoch in range(self.n_epochs):
+            logs["approx_kl"].clear()  # like SB3, log that of the last epoch
+            for batch in buffer.get(self.batch_size):
+                student, surrogate, value_loss, approx_kl = self._ppo_losses(batch, logs)
+                exceeded = self.target_kl is not None and approx_kl > 1.5 * self.target_kl
+                if use_surrogate and exceeded and self.verbose >= 1:
+                    print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
+                use_surrogate = use_surrogate and not exceeded
+                loss = surrogate + self.vf_coef * value_loss if use_surrogate or not distils else self.vf_coef * value_loss
+                if distils:
+                    distill_loss, values = self.distill_loss(batch, student)
+                    loss = loss + self._current_distill_coef * distill_loss
+                    for name, value in {"distill_loss": distill_loss.item(), **values}.items():
+                        logs[name].append(value)
+                logs["loss"] = [loss.item()]
+                if not (use_surrogate or distils):
+                    break
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not (use_surrogate or distils):
+                break
+        self._log_update(logs)
+
+    def _ppo_losses(
+        self, batch: LabelledSamples, logs: defaultdict[str, list[float]]
+    ) -> tuple[Student, th.Tensor, th.Tensor, float]:
+        """Surrogate (with entropy bonus), value loss and approximate KL of one minibatch, as SB3 computes them."""
+        actions = batch.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)  # type: ignore[arg-type]
+        student = Student(self.policy.action_dist, values.flatten(), log_prob, entropy)
+
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        policy_loss, ratio = clipped_surrogate(log_prob, batch.old_log_prob, self._advantages(batch), clip_range)
+        values_pred = student.values
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            values_pred = batch.old_values + th.clamp(student.values - batch.old_values, -clip_range_vf, clip_range_vf)
+        value_loss = F.mse_loss(batch.returns, values_pred)
+        entropy_loss = -th.mean(-log_prob) if entropy is None else -th.mean(entropy)
+        with th.no_grad():
+            log_ratio = log_prob - batch.old_log_prob
+            approx_kl = th.mean((th.exp(log_ratio) - 1) - log_ratio).item()
+            clip_fraction = th.mean((th.abs(ratio - 1) > clip_range).float()).item()
+        logs["policy_gradient_loss"].append(policy_loss.item())
+        logs["value_loss"].append(value_loss.item())
+        logs["entropy_loss"].append(entropy_loss.item())
+        logs["clip_fraction"].append(clip_fraction)
+        logs["approx_kl"].append(approx_kl)
+        return student, policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
+
+    def _advantages(self, batch: LabelledSamples) -> th.Tensor:
+        advantages = batch.advantages
+        if self.normalize_advantage and len(advantages) > 1:  # one sample has no std, see SB3's issue #325
+            std = advantages.std().clamp(min=self.advantage_std_floor)
+            advantages = (advantages - advantages.mean()) / (std + 1e-8)
+        return advantages
+
+    def _log_update(self, logs: defaultdict[str, list[float]]) -> None:
+        for name, values in logs.items():
+            self.logger.record(f"train/{name}", safe_mean(values))
+        buffer = self.rollout_buffer
+        self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
+        if self.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+        if self.needs:
+            self.logger.record("train/distill_coef", self._current_distill_coef)
+
+    # Save and load ----------------------------------------------------------------------------------------------------
+
+    def save_label_replay(self, path: str) -> None:
+        """Write the label replay to an ``.npz`` file; it can be too large to be part of the model.
+
+        :raises ValueError: if there is none
+        """
+        if self._label_replay is None:
+            raise ValueError(f"{type(self).__name__} has no label replay: label_replay=0")
+        self._label_replay.save(path)
+
+    def load_label_replay(self, path: str) -> None:
+        """Read what :meth:`save_label_replay` has written.
+
+        :raises ValueError: if there is no label replay, or it is too small
+        """
+        if self._label_replay is None:
+            raise ValueError(f"{type(self).__name__} has no label replay: label_replay=0")
+        self._label_replay.load(path)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_label_replay"]
