@@ -49,7 +49,9 @@ class _LabelsMixin:
         :param infos: E info dicts of the step, with ``teacher_<name>`` where a label was asked for
         :param names: labels to keep
         """
-        self._infos.append([{name: info[key] for name in names if (key := f"teacher_{name}") in info} for info in infos])
+        self._infos.append(
+            [{name: info[key] for name in names if (key := f"teacher_{name}") in info} for info in infos]
+        )
 
     def gather_labels(self, names: frozenset[str]) -> float:
         """Wait for all labels of the rollout and turn them into arrays ``labels[name]`` (T, E, ...).

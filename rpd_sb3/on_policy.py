@@ -164,7 +164,9 @@ class OnPolicyDistillation(PPO):
             raise ValueError(f"{name} needs a teacher: wrap the env, e.g. {name}(policy, VecTeacher(env, teacher))")
         for labels in given:
             if missing := self.needs - labels:
-                raise ValueError(f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}")
+                raise ValueError(
+                    f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}"
+                )
 
     def _set_label_fraction(self, fraction: float) -> None:
         assert self.env is not None
@@ -204,7 +206,9 @@ class OnPolicyDistillation(PPO):
         if not self.needs or self._current_distill_coef == 0:
             return
         if missing > MAX_MISSING:
-            raise TeacherError(f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may be")
+            raise TeacherError(
+                f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may be"
+            )
         if not buffer.labels and self.label_fraction == 1.0:
             raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
         self.logger.record("rollout/missing_labels", missing)
@@ -235,7 +239,9 @@ class OnPolicyDistillation(PPO):
                 if use_surrogate and exceeded and self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 use_surrogate = use_surrogate and not exceeded
-                loss = surrogate + self.vf_coef * value_loss if use_surrogate or not distils else self.vf_coef * value_loss
+                loss = (
+                    surrogate + self.vf_coef * value_loss if use_surrogate or not distils else self.vf_coef * value_loss
+                )
                 if distils:
                     distill_loss, values = self.distill_loss(batch, student)
                     loss = loss + self._current_distill_coef * distill_loss
@@ -293,7 +299,9 @@ class OnPolicyDistillation(PPO):
         for name, values in logs.items():
             self.logger.record(f"train/{name}", safe_mean(values))
         buffer = self.rollout_buffer
-        self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        self.logger.record(
+            "train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        )
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

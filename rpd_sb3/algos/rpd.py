@@ -43,7 +43,9 @@ class RPD(OnPolicyDistillation):
 
     def _setup_model(self) -> None:
         if self.loss != "bc" and not isinstance(self.action_space, spaces.Box):
-            raise ValueError(f"RPD: loss={self.loss!r} needs a Box action space, got {self.action_space}; use loss='bc'")
+            raise ValueError(
+                f"RPD: loss={self.loss!r} needs a Box action space, got {self.action_space}; use loss='bc'"
+            )
         super()._setup_model()
 
     def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,7 +61,10 @@ def make_env(
         if given:
             raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
         check_env_id(env_id)
+        check_teacher(teacher, env_id, None)
         return gym.make(env_id, render_mode=render_mode, **env_kwargs)
+    control_mode = control_mode or "pd_ee_delta_pose"
+    check_teacher(teacher, env_id, control_mode)
     inputs = () if teacher is None else teacher.inputs
     sizes = {} if teacher is None else dict(teacher.image_sizes)
     camera = camera or "human"
@@ -77,17 +81,50 @@ def make_env(
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
-    return maniskill.make_maniskill(env_id, view, reward, control_mode or "pd_ee_delta_pose", render_mode, **env_kwargs)
+    return maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs)
+
+
+def evaluation_options(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for evaluation: a ManiSkill episode goes on after success."""
+    from rpd_sb3.envs import maniskill
+
+    return dict(options) | ({"on_success": "continue"} if maniskill.is_maniskill(env_id) else {})
+
+
+def check_teacher(spec: TeacherSpec | None, env_id: str, control_mode: str | None) -> None:
+    """Make sure that the teacher is meant for this environment and controller.
+
+    :param spec: the teacher's; None: nothing to check
+    :param env_id: environment
+    :param control_mode: ManiSkill controller; None: the environment has none
+    :raises ValueError: if it is not
+    """
+    if spec is None:
+        return
+    if spec.env_id is not None and spec.env_id != env_id:
+        raise ValueError(f"teacher {spec.name!r} only knows env {spec.env_id!r}, not {env_id!r}")
+    if spec.control_mode is not None and spec.control_mode != control_mode:
+        raise ValueError(
+            f"teacher {spec.name!r} gives actions for control_mode={spec.control_mode!r}, "
+            f"but env {env_id!r} has control_mode={control_mode!r}"
+        )
 
 
 def check_env_id(env_id: str) -> None:
     """Make sure that the id exists.
 
+    :param env_id: ``name``, or ``module:name`` for one that is registered when the module is imported
     :raises ValueError: naming the closest known id
     """
     from rpd_sb3.envs import maniskill
 
-    if maniskill.is_maniskill(env_id) or env_id in gym.registry:
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"env {env_id!r}: module {module!r} cannot be imported: {error}") from error
+    if maniskill.is_maniskill(env_id) or name in gym.registry:
         return
     known = sorted(set(maniskill.REGISTERED_ENVS) | set(gym.registry))
     hint = get_close_matches(env_id, known, n=1)

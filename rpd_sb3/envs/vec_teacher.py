@@ -109,7 +109,10 @@ class VecTeacher(VecEnvWrapper):
         pending = self._submit(np.arange(self.num_envs), None)
         labels = pending.get()
         if labels is None:
-            labels = {name: np.stack([pending.row(name, i) for i in range(self.num_envs)]) for name in self.teacher.spec.labels}
+            labels = {
+                name: np.stack([pending.row(name, i) for i in range(self.num_envs)])
+                for name in self.teacher.spec.labels
+            }
         return labels
 
     def _split(self, obs: VecEnvObs) -> VecEnvObs:

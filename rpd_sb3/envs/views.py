@@ -28,7 +28,9 @@ def student_keys(space: spaces.Space) -> list[str] | None:
     assert isinstance(space, spaces.Dict)
     keys = [key for key in space.spaces if not key.startswith(TEACHER_PREFIX)]
     if not keys:
-        raise ValueError(f"the observation has only teacher entries ({', '.join(space.spaces)}): the student sees nothing")
+        raise ValueError(
+            f"the observation has only teacher entries ({', '.join(space.spaces)}): the student sees nothing"
+        )
     return keys
 
 

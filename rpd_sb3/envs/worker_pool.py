@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 PRELOAD = "rpd_sb3.envs.worker"
 CLOSE_TIMEOUT = 10.0
-"""Seconds that a worker gets to close before it is terminated."""
+"""Seconds that the workers get to close before they are terminated."""
 
 
 class WorkerPoolVecEnv(VecEnv):
@@ -67,7 +68,12 @@ class WorkerPoolVecEnv(VecEnv):
         results = [self._receive(worker) for worker in range(len(self._rows))]
         obs, rewards, dones, infos, reset_infos = zip(*results, strict=True)
         self.reset_infos = [info for part in reset_infos for info in part]
-        return _concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for part in infos for info in part]
+        return (
+            _concatenate(obs),
+            np.concatenate(rewards),
+            np.concatenate(dones),
+            [info for part in infos for info in part],
+        )
 
     def reset(self) -> VecEnvObs:
         for worker, rows in enumerate(self._rows):
@@ -84,15 +90,12 @@ class WorkerPoolVecEnv(VecEnv):
             return
         self.closed = True
         for remote in self._remotes:
-            try:
-                remote.send(("close", ()))
-            except OSError:
-                pass  # this worker is gone already
-        for remote, process in zip(self._remotes, self._processes, strict=True):
-            process.join(CLOSE_TIMEOUT)
+            remote.close()  # ends the worker's next recv or send, also one that waits for us to read an answer
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.terminate()
-            remote.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         return self._call("get_images", None)
@@ -165,15 +168,18 @@ def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
     while True:
         try:
             command, data = remote.recv()
-        except EOFError:
-            break
-        if command == "close":
+        except (EOFError, OSError):
             break
         try:
-            result: Any = _obey(venv, command, data)
-            remote.send((False, result))
+            answer: tuple[bool, Any] = (False, _obey(venv, command, data))
         except Exception:
-            remote.send((True, traceback.format_exc()))
+            answer = (True, traceback.format_exc())
+        try:
+            remote.send(answer)
+        except OSError:  # nobody listens any more
+            break
+        except Exception:
+            remote.send((True, traceback.format_exc()))  # an answer that cannot be pickled
     venv.close()
 
 

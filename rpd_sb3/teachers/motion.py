@@ -85,9 +85,19 @@ def length(vector: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(vector * vector, axis=-1))
 
 
-def offset(like: np.ndarray, x: float | np.ndarray = 0.0, y: float | np.ndarray = 0.0, z: float | np.ndarray = 0.0) -> np.ndarray:
-    """The vectors (x, y, z), (N, 3), for the batch of ``like``; each part is a number or (N,)."""
-    return np.stack([np.broadcast_to(part, like.shape[:1]) for part in (x, y, z)], axis=-1).astype(np.float64)
+def flat(vector: np.ndarray) -> np.ndarray:
+    """The horizontal part of vectors (N, 3)."""
+    return vector * [1.0, 1.0, 0.0]
+
+
+def upwards(height: np.ndarray) -> np.ndarray:
+    """Vertical vectors (N, 3) of that length (N,)."""
+    return height[:, None] * [0.0, 0.0, 1.0]
+
+
+def cap(vector: np.ndarray, limit: np.ndarray | float) -> np.ndarray:
+    """Vectors (N, 3) shortened, direction kept, to a length of at most ``limit``, a number or (N,)."""
+    return vector * np.minimum(limit / np.maximum(length(vector), 1e-9), 1.0)[:, None]
 
 
 def multiply(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -170,19 +180,20 @@ def act(state: State, way: np.ndarray, turn: np.ndarray, gripper: np.ndarray | f
     return np.concatenate([np.clip(way / METRES_PER_UNIT, -1.0, 1.0), rotation, finger], axis=-1)
 
 
-def funnel(way: np.ndarray, unready: np.ndarray) -> np.ndarray:
+def funnel(way: np.ndarray, unready: np.ndarray | float = 0.0, hover: np.ndarray | float = HOVER) -> np.ndarray:
     """Bend a straight way down to a point so that it comes from above.
 
     The target is a funnel over the point: the further aside or the less ready, the higher. Who is too low to travel
     rises first.
 
     :param way: (N, 3) from the tool centre point to the point
-    :param unready: (N,) 1 to wait above the point, 0 to go down
+    :param unready: (N,) or a number, 1 to wait above the point, 0 to go down
+    :param hover: (N,) or a number, height above the point that is safe to travel at; 0 where there is nothing in the way
     """
-    aside = length(way[:, :2])
-    height = HOVER * np.maximum(unready, ramp(aside, 0.01, 0.04))
-    may_travel = np.maximum(ramp(-way[:, 2], 0.02, 0.05), ramp(aside, 0.04, 0.015))
-    return np.concatenate([way[:, :2] * may_travel[:, None], way[:, 2:] + height[:, None]], axis=-1)
+    aside = length(flat(way))
+    height = hover * np.maximum(unready, ramp(aside, 0.01, 0.04))
+    low = ramp(-way[:, 2], 0.05, 0.02) * ramp(aside, 0.015, 0.04) * hover / HOVER
+    return np.concatenate([way[:, :2] * (1 - low)[:, None], way[:, 2:] + height[:, None]], axis=-1)
 
 
 class Grasp(NamedTuple):
@@ -198,15 +209,30 @@ class Grasp(NamedTuple):
     """(N,) 0 not held, 1 held between the fingers."""
 
 
-def grasp(state: State, point: np.ndarray, yaw: np.ndarray, half_width: float) -> Grasp:
+def grasp(
+    state: State,
+    point: np.ndarray,
+    along: np.ndarray,
+    half_width: float,
+    period: float,
+    prefer: np.ndarray | None = None,
+    weight: np.ndarray | float = 0.0,
+) -> Grasp:
     """Reach a point from above with open fingers, and close them there; recovers from any lost or missed grasp.
 
     :param point: (N, 3) where the tool centre point shall close
-    :param yaw: (N,) heading of the gripper's x axis there; fingers close at right angles to it
+    :param along: (N, 3) direction for the gripper's x axis, seen from above; fingers close at right angles to it
     :param half_width: of the thing, along the closing direction
+    :param period: angle after which the thing looks the same; the heading taken is the nearest to the gripper's
+    :param prefer: (N, 3) the heading taken is the nearest to this direction instead ...
+    :param weight: (N,) ... as far as this is 1
     """
+    now = heading(axis(state.tcp_quat, 0))
+    nearest_to = now if prefer is None else now + weight * wrap(heading(prefer) - now, np.pi)
+    yaw = nearest_to + wrap(heading(along) - nearest_to, period)
     way = point - state.tcp
-    turn = turn_to(state.tcp_quat, pointing_down(yaw))
+    far = ramp(length(flat(point)), REACH - 0.04, REACH + 0.01)
+    turn = turn_to(state.tcp_quat, pointing_down(yaw, tilt=0.25 * far))
     near = ramp(length(way), 0.025, 0.015)
     unready = np.maximum(ramp(length(turn), 0.2, 0.5), ramp(state.opening, 0.036, 0.028))
     held = near * ramp(state.opening, half_width + 0.006, half_width + 0.002)
@@ -214,24 +240,35 @@ def grasp(state: State, point: np.ndarray, yaw: np.ndarray, half_width: float) -
     return Grasp(blend(near, way, funnel(way, unready)), turn, OPEN + (CLOSED - OPEN) * near, held)
 
 
-def push(state: State, goal: np.ndarray, standoff: float, height: float) -> np.ndarray:
+def push(
+    state: State,
+    goal: np.ndarray,
+    standoff: float,
+    height: float,
+    stride: np.ndarray | float = np.inf,
+    lift_behind: bool = True,
+) -> np.ndarray:
     """Way of the tool centre point (N, 3) that gets behind the object, low, and pushes it straight to the goal.
 
     :param goal: (N, 3) where the object should go, a point on the table
     :param standoff: distance of the tool centre point from the object's centre on contact
     :param height: of the tool centre point above the table while pushing
+    :param lift_behind: False to stay low where the tool centre point is behind the object already
+    :param stride: longest way to ask for while pushing, a number or (N,)
     """
-    course = (goal - state.object) * [1, 1, 0]
+    course = flat(goal - state.object)
     direction = course / np.maximum(length(course), 1e-6)[:, None]
-    back = (state.tcp - state.object) * [1, 1, 0]
-    along = np.sum(back * direction, axis=-1)
-    across = length(back - along[:, None] * direction)
+    back = flat(state.tcp - state.object)
+    ahead = np.sum(back * direction, axis=-1)
+    across = length(back - ahead[:, None] * direction)
     ready = (
-        ramp(along, 0.01 - standoff, -standoff)
+        ramp(ahead, 0.01 - standoff, -standoff)
         * ramp(across, 0.03, 0.015)
         * ramp(state.tcp[:, 2], height + 0.03, height + 0.015)
     )
-    behind = (state.object - (standoff + 0.015) * direction) * [1, 1, 0] + [0, 0, height] - state.tcp
+    hover = HOVER * np.maximum(ramp(ahead, 0.015 - standoff, 0.03 - standoff), lift_behind)
+    behind = flat(state.object - (standoff + 0.015) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
-    return blend(ready, behind + left, funnel(behind, 0 * ready))
+    onward = cap(flat(behind + left), stride) + upwards(behind[:, 2])
+    return blend(ready, onward, funnel(behind, hover=hover))

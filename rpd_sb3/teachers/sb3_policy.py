@@ -42,7 +42,9 @@ class SB3Teacher(LocalTeacher):
     def __init__(self, model: BaseAlgorithm, name: str = "sb3", camera: str = "human") -> None:
         space = model.observation_space
         if hasattr(model.policy, "lstm_actor"):
-            raise ValueError(f"teacher {name!r} is recurrent: its answer depends on a history that a query does not carry")
+            raise ValueError(
+                f"teacher {name!r} is recurrent: its answer depends on a history that a query does not carry"
+            )
         super().__init__()
         self._model = model
         image = isinstance(space, spaces.Box) and len(space.shape) == 3
@@ -72,6 +74,15 @@ def load_sb3_model(path: str, device: str = "cpu") -> BaseAlgorithm:
     :param device: where its network runs
     :raises ValueError: if there is no such file, it is damaged, or its algorithm is not known
     """
+    return _algorithm_of(read_model_data(path), path).load(path, device=device)
+
+
+def read_model_data(path: str) -> dict[str, Any]:
+    """The attributes of a saved model, without unpickling anything; the whole file is checked.
+
+    :param path: the ``.zip`` file
+    :raises ValueError: if there is no such file, or it is damaged
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"model {path!r} does not exist")
@@ -83,7 +94,7 @@ def load_sb3_model(path: str, device: str = "cpu") -> BaseAlgorithm:
         raise ValueError(f"model {path!r} is not a zip file written by SB3's save(): {error}") from error
     if damaged is not None:
         raise ValueError(f"model {path!r} is damaged: {damaged} fails its checksum")
-    return _algorithm_of(data, path).load(path, device=device)
+    return data
 
 
 def _algorithm_of(data: dict[str, Any], path: str) -> type[BaseAlgorithm]:

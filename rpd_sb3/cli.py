@@ -1,0 +1,164 @@
+"""What the commands share: one sentence for a user's mistake, and a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Protocol
+
+from rpd_sb3.config import closest
+
+USER_ERROR, RUN_ERROR = 2, 1
+"""Exit codes: nothing was started; something failed on the way. 128 + n after signal n."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of printing the usage; suggests the closest flag."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        result, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            raise ValueError(f"unknown argument {unknown[0]!r}{closest(word, self._option_string_actions)}")
+        return result
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def whole_number(text: str) -> int:
+    """An int, also written as 1e5."""
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+whole_number.__name__ = "whole number"  # argparse shows it: invalid whole number value: 'x'
+
+
+def print_error(error: BaseException) -> None:
+    """``error: <message>`` on stderr, in one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+class Job(Protocol):
+    """A command that has been set up: from here on, what goes wrong is not the user's mistake."""
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Do it, and return the exit code."""
+        ...
+
+    def close(self) -> None:
+        """Leave no processes and threads behind."""
+        ...
+
+
+def run_command(set_up: Callable[[], Job]) -> int:
+    """Set a job up, run it, close it; one sentence on stderr for what may go wrong, a traceback for what may not.
+
+    :param set_up: raises ValueError, OSError or TeacherError for the user's mistakes
+    :return: exit code
+    """
+    with Interrupt() as interrupt:
+        try:
+            job = set_up()
+        except KeyboardInterrupt:
+            return interrupt.exit_code
+        except Exception as error:
+            if not isinstance(error, (ValueError, OSError)) and not _is_teacher_error(error):
+                raise
+            print_error(error)
+            return USER_ERROR
+        try:
+            return job.run(interrupt)
+        except KeyboardInterrupt:
+            return interrupt.exit_code
+        except Exception as error:
+            if not _is_teacher_error(error):
+                raise
+            print_error(error)
+            return RUN_ERROR
+        finally:
+            job.close()
+
+
+def _is_teacher_error(error: Exception) -> bool:
+    from rpd_sb3.teachers.base import TeacherError  # late: it brings PyTorch
+
+    return isinstance(error, TeacherError)
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into one KeyboardInterrupt; the second signal kills as usual.
+
+    Inside :meth:`deferred`, and between the start and the end of each optimiser step of :meth:`watch`, it waits for the end: neither files nor
+    networks are left half written.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        """The signal that came."""
+        self._depth = 0
+        self._due = False
+        self._old: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signum or signal.SIGINT)
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread gets signals
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._old[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        for other in self._old:
+            signal.signal(other, signal.SIG_DFL)
+        print("stopping; once more to kill", file=sys.stderr, flush=True)
+        self._due = True
+        self._raise_if_due()
+
+    def _raise_if_due(self) -> None:
+        if self._due and self._depth == 0:
+            self._due = False
+            raise KeyboardInterrupt
+
+    def _begin(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        self._depth -= 1
+        self._raise_if_due()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A KeyboardInterrupt that is due inside is raised at the end."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        self._raise_if_due()
+
+    def watch(self, optimizer: Any) -> None:
+        """Do not interrupt this PyTorch optimiser in the middle of a step."""
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)

@@ -1,0 +1,174 @@
+"""Evaluate a student or a teacher: ``python -m rpd_sb3.evaluate --run logs/rpd_ppo/PickCube-v1_1``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rpd_sb3.cli import Interrupt, Parser, run_command, whole_number
+
+
+def make_parser() -> Parser:
+    """Every flag."""
+    parser = Parser(prog="python -m rpd_sb3.evaluate", description=__doc__)
+    add = parser.add_argument
+    add("--run", metavar="RUN_DIR", help="evaluate the student of a run")
+    add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
+    add("--teacher", help="evaluate a teacher: scripted, or sb3:FILE for a saved SB3 model")
+    add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
+    add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run]")
+    add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment [those of the run]")
+    add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="[100]")
+    add(
+        "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
+    )
+    add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
+    add(
+        "--vec-env",
+        choices=("subproc", "dummy"),
+        default="subproc",
+        help="in worker processes or in this one [subproc]",
+    )
+    add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
+    add("--json", metavar="FILE", help="write the numbers to a file; - for stdout instead of the table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, and return the exit code: 2 for a mistake of the user's, 1 if the evaluation failed, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda: Job(check(argv)))
+
+
+def check(argv: Sequence[str]) -> Any:
+    """The command line, as far as it can be checked by itself.
+
+    :raises ValueError: with what is wrong
+    """
+    args = make_parser().parse_args(argv)
+    if (args.run is None) == (args.teacher is None):
+        raise ValueError(
+            "name either a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, or a teacher, e.g. --teacher scripted"
+        )
+    if args.teacher and args.env is None:
+        raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
+    if args.run and args.teacher_kwargs:
+        raise ValueError("--teacher-kwargs are for --teacher, not for --run")
+    for name in ("n_episodes", "n_envs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    return args
+
+
+class Job:
+    """One evaluation, built and ready to run.
+
+    :param args: of :func:`check`
+    :raises ValueError: for any mistake of the user's
+    """
+
+    def __init__(self, args: Any) -> None:
+        from rpd_sb3.config import merge, parse_pairs
+        from rpd_sb3.envs.factory import check_env_id
+        from rpd_sb3.evaluation import Evaluator
+        from rpd_sb3.session import open_teacher, probe, set_threads
+
+        self.args = args
+        self.model: Any = None
+        teacher = None
+        env_id, env_kwargs = args.env, parse_pairs(args.env_kwargs, "--env-kwargs")
+        if env_id:
+            check_env_id(env_id)
+        with ExitStack() as closing:
+            if args.run:
+                run = self._load_student(args)
+                env_id, env_kwargs = env_id or run.args["env"], merge(run.config.get("env_kwargs", {}), env_kwargs)
+            else:
+                self.name = f"teacher {args.teacher}"
+                teacher = open_teacher(
+                    args.teacher, env_id, parse_pairs(args.teacher_kwargs, "--teacher-kwargs"), closing
+                )
+            space = probe(env_id, env_kwargs, teacher)
+            if self.model is not None:
+                set_threads(None, str(self.model.device), space)
+                try:
+                    self.model.policy.obs_to_tensor(space.sample())  # also takes channels last
+                except (ValueError, KeyError, AssertionError) as error:
+                    trained = self.model.observation_space
+                    raise ValueError(
+                        f"{self.name} was trained on {trained}, but env {env_id!r} shows {space}"
+                    ) from error
+            self.evaluator = Evaluator(
+                env_id,
+                env_kwargs,
+                n_episodes=args.n_episodes,
+                seed=args.seed,
+                n_envs=args.n_envs,
+                vec_env=args.vec_env,
+                teacher=teacher,
+            )
+            self.env_id = env_id
+            closing.callback(self.evaluator.close)
+            self._closing = closing.pop_all()
+
+    def _load_student(self, args: Any) -> Any:
+        from rpd_sb3 import runs
+        from rpd_sb3.session import check_device
+
+        run = runs.load_run(args.run)
+        path = run.best_model if args.model == "best" else run.last_model
+        if args.model == "best" and not path.is_file():
+            raise ValueError(f"run {args.run!r} has no best_model.zip yet; use --model last")
+        self.name = str(path)
+        self.model = runs.load_model(run.algo, path, device=check_device(args.device))
+        return run
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Play the episodes and show how they went."""
+        result = self.evaluator.teacher() if self.model is None else self.evaluator.student(self.model)
+        content = {"name": self.name, "env": self.env_id, "seed": self.args.seed} | result.summary()
+        if self.args.json == "-":
+            print(json.dumps(content, indent=2))
+            return 0
+        _show(content)
+        if self.args.json:
+            from rpd_sb3.runs import write_json
+
+            write_json(Path(self.args.json), content)
+        return 0
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def _show(content: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    low, high = content["ci95"] or (None, None)
+    cells = {
+        "episodes": str(content["n_episodes"]),
+        "success once": percent(content["success_once"]),
+        "95 % interval": f"{percent(low)} to {percent(high)}",
+        "at end": percent(content["success_at_end"]),
+        "return": f"{content['mean_return']:.2f}",
+        "length": f"{content['mean_length']:.1f}",
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in cells:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(*cells.values())
+    print(f"{content['name']} on {content['env']}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

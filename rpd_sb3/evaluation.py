@@ -1,0 +1,263 @@
+"""Students and teachers in one harness: the same seeded episodes for everybody.
+
+Shape letters: N environments, K episodes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
+
+from rpd_sb3.envs import VecTeacher, make_vec_env
+from rpd_sb3.envs.factory import evaluation_options
+from rpd_sb3.teachers.base import Teacher
+
+EVAL_SEED = 10_000
+"""Seed of the first evaluation episode; episode i has ``EVAL_SEED + i``. Training seeds are usually small."""
+
+Actor = Callable[[Any, np.ndarray], np.ndarray]
+"""(batched observation, (N,) bool True where an episode starts) to (N, ...) actions."""
+
+
+class EvalResult(NamedTuple):
+    """How K episodes went. Success is None if the environment does not report it."""
+
+    success_once: float | None
+    """Share of episodes that were successful at some step."""
+    success_at_end: float | None
+    """Share of episodes that were successful at their last step."""
+    n_episodes: int
+    ci95: tuple[float, float] | None
+    """Wilson interval of ``success_once``."""
+    mean_return: float
+    mean_length: float
+    returns: np.ndarray
+    """(K,)"""
+    lengths: np.ndarray
+    """(K,)"""
+    once: np.ndarray | None
+    """(K,) bool"""
+    at_end: np.ndarray | None
+    """(K,) bool"""
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers without the arrays, ready for JSON."""
+        return {
+            "success_once": self.success_once,
+            "success_at_end": self.success_at_end,
+            "n_episodes": self.n_episodes,
+            "ci95": None if self.ci95 is None else list(self.ci95),
+            "mean_return": self.mean_return,
+            "mean_length": self.mean_length,
+        }
+
+
+def find_vec_teacher(venv: VecEnv | None) -> VecTeacher | None:
+    """The wrapper that asks the teacher, also below those that SB3 adds for images."""
+    found = None if venv is None else unwrap_vec_wrapper(venv, VecTeacher)
+    assert found is None or isinstance(found, VecTeacher)
+    return found
+
+
+def wilson_interval(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson, 1927): never empty, never outside [0, 1].
+
+    :param k: successes
+    :param n: trials
+    :param z: quantile of the normal distribution; the default gives 95 %
+    """
+    if not 0 <= k <= n or n < 1:
+        raise ValueError(f"k={k} successes of n={n} trials: 0 <= k <= n and n >= 1 must hold")
+    p = k / n
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def student_actor(model: BaseAlgorithm) -> Actor:
+    """The model's deterministic action; recurrent models keep their state from step to step.
+
+    An observation gets the same action, bit for bit, whatever the number of environments: on the CPU, rounding depends on
+    the batch size unless it is a multiple of 8 (measured: 5e-9 for an MLP), and contacts amplify what small differences there are.
+    """
+    state: Any = None
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        nonlocal state
+        n = len(episode_starts)
+        rows = np.arange(-(-n // 8) * 8) % n
+        obs = {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
+        actions, state = model.predict(obs, state=state, episode_start=episode_starts[rows], deterministic=True)
+        return actions[:n]
+
+    return act
+
+
+def teacher_actor(venv: VecEnv) -> Actor:
+    """The teacher's action label, clipped to the action space; the observation is the teacher's own."""
+    vec_teacher = find_vec_teacher(venv)
+    assert vec_teacher is not None, "these environments have no teacher"
+    space = venv.action_space
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        action = vec_teacher.label()["action"]
+        return np.clip(action, space.low, space.high) if isinstance(space, spaces.Box) else action
+
+    return act
+
+
+class Evaluator:
+    """The same episodes for everybody, in environments of their own that are made once, when first needed.
+
+    Episode i is seeded with ``seed + i``, whatever the number of environments. A ManiSkill episode goes on after success,
+    so that ``success_once`` and ``success_at_end`` both mean something; others end as they do. Nothing here
+    touches the random generators of training.
+
+    :param env_id: as in :func:`rpd_sb3.envs.make_env`
+    :param env_kwargs: its options
+    :param n_episodes: K
+    :param seed: of the first episode
+    :param n_envs: N
+    :param vec_env: ``subproc`` or ``dummy``
+    :param teacher: if the teacher itself is to be evaluated; never asked about a student's episodes. A noisy teacher should
+        not be the one that labels in training: its noise would depend on the evaluations. Its results depend on N
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        env_kwargs: dict[str, Any] | None = None,
+        *,
+        n_episodes: int = 50,
+        seed: int = EVAL_SEED,
+        n_envs: int = 8,
+        vec_env: str = "subproc",
+        teacher: Teacher | None = None,
+    ) -> None:
+        if n_episodes < 1:
+            raise ValueError(f"n_episodes={n_episodes} must be at least 1")
+        self.n_episodes, self.seed = n_episodes, seed
+        options = evaluation_options(env_id, env_kwargs or {})
+        self._env_id, self._options = env_id, options
+        self._n_envs, self._vec_env, self._teacher = min(n_envs, n_episodes), vec_env, teacher
+        self._venv: VecEnv | None = None
+
+    @property
+    def venv(self) -> VecEnv:
+        if self._venv is None:
+            spec = None if self._teacher is None else self._teacher.spec
+            venv = make_vec_env(self._env_id, self._n_envs, vec_env=self._vec_env, teacher=spec, **self._options)
+            self._venv = venv if self._teacher is None else VecTeacher(venv, self._teacher, label_fraction=0.0)
+        return self._venv
+
+    def student(self, model: BaseAlgorithm) -> EvalResult:
+        """Evaluate a model's deterministic actions."""
+        return self.evaluate(student_actor(model))
+
+    def teacher(self) -> EvalResult:
+        """Evaluate the teacher.
+
+        :raises TeacherError: if it does not answer
+        """
+        return self.evaluate(teacher_actor(self.venv))
+
+    def evaluate(self, act: Actor) -> EvalResult:
+        """Play the episodes.
+
+        :param act: who plays
+        """
+        with untouched_rng():
+            venv = self.venv
+            episodes: list[_Episode] = []
+            while len(episodes) < self.n_episodes:
+                venv.seed(self.seed + len(episodes))
+                episodes += _play(venv, act)
+        return _result(episodes[: self.n_episodes])
+
+    def drop_teacher(self) -> None:
+        """From now on show nothing to the teacher: its images need not be rendered for the student's episodes."""
+        self.close()
+        self._teacher = None
+
+    def close(self) -> None:
+        if self._venv is not None:
+            self._venv.close()
+            self._venv = None
+
+
+class _Episode(NamedTuple):
+    ret: float
+    length: int
+    once: bool | None
+    at_end: bool | None
+
+
+def _play(venv: VecEnv, act: Actor) -> list[_Episode]:
+    """One episode in each environment, in step; an environment that is done waits for the others."""
+    n = venv.num_envs
+    obs = venv.reset()
+    starts = np.ones(n, dtype=bool)
+    returns, once = np.zeros(n), np.zeros(n, dtype=bool)
+    episodes: list[_Episode | None] = [None] * n
+    length = 0
+    while any(episode is None for episode in episodes):
+        obs, rewards, starts, infos = venv.step(act(obs, starts))
+        length += 1
+        for i, info in enumerate(infos):
+            if episodes[i] is not None:
+                continue
+            returns[i] += rewards[i]
+            success = info.get("is_success")
+            once[i] |= bool(success)
+            if starts[i]:
+                known = success is not None
+                episodes[i] = _Episode(
+                    returns[i], length, bool(once[i]) if known else None, bool(success) if known else None
+                )
+    return [episode for episode in episodes if episode is not None]
+
+
+def _result(episodes: list[_Episode]) -> EvalResult:
+    returns = np.array([episode.ret for episode in episodes])
+    lengths = np.array([episode.length for episode in episodes])
+    once = at_end = None
+    if all(episode.once is not None for episode in episodes):
+        once = np.array([episode.once for episode in episodes], dtype=bool)
+        at_end = np.array([episode.at_end for episode in episodes], dtype=bool)
+    return EvalResult(
+        success_once=None if once is None else float(once.mean()),
+        success_at_end=None if at_end is None else float(at_end.mean()),
+        n_episodes=len(episodes),
+        ci95=None if once is None else wilson_interval(int(once.sum()), len(once)),
+        mean_return=float(returns.mean()),
+        mean_length=float(lengths.mean()),
+        returns=returns,
+        lengths=lengths,
+        once=once,
+        at_end=at_end,
+    )
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leave Python's, NumPy's and PyTorch's global generators as they were, whatever happens inside."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch, cuda = th.get_rng_state(), th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        th.set_rng_state(torch)
+        if cuda:
+            th.cuda.set_rng_state_all(cuda)
