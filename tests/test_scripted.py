@@ -198,6 +198,17 @@ def test_fingers_close_around_the_cube_before_it_is_carried() -> None:
     np.testing.assert_allclose(closed[[2, 6]], [1, -1], atol=1e-6)
 
 
+def test_cube_that_slipped_aside_between_the_fingers_counts_as_held() -> None:
+    slipped = state(tcp=(0.6, 0.0, 0.3), opening=CUBE, thing=(0.622, 0.0, 0.305), goal=(0.622, 0.0, 0.2))
+    action = label(ScriptedTeacher("PickCube-v1"), slipped)[0]
+    np.testing.assert_allclose(action[[0, 1, 2, 6]], [0, 0, -1, -1], atol=1e-6)
+
+
+def test_fingers_closed_on_nothing_beside_the_cube_open() -> None:
+    action = label(ScriptedTeacher("PickCube-v1"), state(tcp=(0.57, 0.0, 0.02), opening=0.0))[0]
+    assert action[6] == 1.0
+
+
 def test_stacked_cube_is_let_go() -> None:
     stacked = state(tcp=(0.6, 0.0, 0.06), opening=CUBE, thing=(0.6, 0.0, 0.06), tool=(0.6, 0.0, 0.02))
     assert label(ScriptedTeacher("StackCube-v1"), stacked)[0, 6] == 1.0

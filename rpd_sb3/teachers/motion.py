@@ -233,9 +233,13 @@ def grasp(
     way = point - state.tcp
     far = ramp(length(flat(point)), REACH - 0.04, REACH + 0.01)
     turn = turn_to(state.tcp_quat, pointing_down(yaw, tilt=0.25 * far))
-    near = ramp(length(way), 0.025, 0.015)
-    unready = np.maximum(ramp(length(turn), 0.2, 0.5), ramp(state.opening, 0.036, 0.028))
-    held = near * ramp(state.opening, half_width + 0.006, half_width + 0.002)
+    closed = ramp(state.opening, half_width + 0.006, half_width + 0.002)
+    # A thing that slipped off centre while the fingers closed is held all the same.
+    slack = 0.015 * closed * ramp(state.opening, 0.008, 0.014)
+    aside = np.maximum(length(flat(way)) - slack, 0.0)
+    near = ramp(np.hypot(aside, way[:, 2]), 0.025, 0.015)
+    unready = np.maximum(ramp(length(turn), 0.2, 0.5), ramp(state.opening, half_width + 0.006, half_width))
+    held = near * closed
     turn[:, 2] *= 1 - held  # what is held turns with the hand: there is no yaw left to correct
     return Grasp(blend(near, way, funnel(way, unready)), turn, OPEN + (CLOSED - OPEN) * near, held)
 
