@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "distillation.json"
 TASKS = ("LiftPegUpright-v1", "PickCube-v1", "PullCube-v1", "PushCube-v1", "RollBall-v1", "StackCube-v1")
 """The tasks that the paper trained on."""
-COMMON = ["--eval-freq", "20000", "--eval-episodes", "100", "--no-video", "--no-progress"]
+COMMON = ["--eval-freq", "50000", "--eval-episodes", "100", "--no-video", "--no-progress"]
 
 
 class Cell(NamedTuple):
@@ -99,7 +99,11 @@ def tables(records: list[dict[str, Any]]) -> str:
         if ppo in groups or rpd in groups:
             seeds = max(len(groups.get(ppo, [])), len(groups.get(rpd, [])))
             lines.append(f"| {task} | {teacher(rpd)} | {success(ppo)} | {success(rpd)} | {seeds} |")
-    lines += ["", "| teacher | its success | student | env steps | training time | seeds |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| teacher | its success | student | env steps | training time | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
     for section in ("noisy-teacher", "biased-teacher"):
         key = ("weak-teachers", section)
         if key in groups:

@@ -1,4 +1,4 @@
-"""SB3's rollout buffers plus teacher labels, and a store of past labels.
+"""SB3's rollout buffers plus teacher labels, a store of past labels, and what the losses see of them.
 
 Shape letters: T steps, E environments, B minibatch.
 """
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -29,6 +30,30 @@ class LabelledSamples(NamedTuple):
     """Label name to ``(B, ...)``; zero where there is no label."""
     labelled: th.Tensor
     """``(B,)`` bool: True where the teacher has answered."""
+
+
+class Student(NamedTuple):
+    """The student on a minibatch, with gradients."""
+
+    distribution: Distribution
+    """Action distribution of the B observations."""
+    values: th.Tensor
+    """``(B,)``"""
+    log_prob: th.Tensor
+    """``(B,)`` of the actions that were taken."""
+    entropy: th.Tensor | None
+    """``(B,)``; None if it has no closed form."""
+
+
+class Imitation(NamedTuple):
+    """What to imitate, and how the student would act there."""
+
+    distribution: Distribution
+    """The student's action distribution of n observations."""
+    labels: dict[str, th.Tensor]
+    """Label name to ``(n, ...)``"""
+    labelled: th.Tensor
+    """``(n,)`` bool: True where the teacher has answered."""
 
 
 class _LabelsMixin:
@@ -78,19 +103,19 @@ class _LabelsMixin:
         return 1.0 - int(self.labelled.sum()) * len(names) / asked if asked else 0.0
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> LabelledSamples:
-        samples = super()._get_samples(batch_inds, env)  # type: ignore[misc]
+        samples: Any = super()._get_samples(batch_inds, env)  # type: ignore[misc]
         env_inds, step_inds = np.divmod(batch_inds, self.buffer_size)  # SB3 flattens environment by environment
         at = (step_inds, env_inds)
         to_torch = self.to_torch  # type: ignore[attr-defined]
         labels = {name: to_torch(values[at]) for name, values in self.labels.items()}
-        return LabelledSamples(*samples, labels, to_torch(self.labelled[at]))
+        return LabelledSamples(*samples, labels, to_torch(self.labelled[at]))  # type: ignore[call-arg]
 
 
-class LabelledRolloutBuffer(_LabelsMixin, RolloutBuffer):
+class LabelledRolloutBuffer(_LabelsMixin, RolloutBuffer):  # type: ignore[misc]
     """:class:`RolloutBuffer` with teacher labels."""
 
 
-class LabelledDictRolloutBuffer(_LabelsMixin, DictRolloutBuffer):
+class LabelledDictRolloutBuffer(_LabelsMixin, DictRolloutBuffer):  # type: ignore[misc]
     """:class:`DictRolloutBuffer` with teacher labels."""
 
 
@@ -132,14 +157,15 @@ class LabelReplay:
         :param n: number of pairs
         :return: observations and labels, first dimension n
         """
-        rows = np.random.randint(self.size, size=n)
+        rows = np.random.randint(self.size, size=n)  # noqa: NPY002  (SB3 seeds the global generator)
         observations = {k[4:]: v[rows] for k, v in self._arrays.items() if k.startswith("obs/")}
         labels = {k[6:]: v[rows] for k, v in self._arrays.items() if k.startswith("label/")}
-        return (observations[""] if "" in observations else observations), labels
+        return observations.get("", observations), labels
 
     def save(self, path: str) -> None:
         """Write all pairs to an ``.npz`` file."""
-        np.savez(path, next=self._next, **{k: v[: self.size] for k, v in self._arrays.items()})
+        columns: dict[str, Any] = {name: values[: self.size] for name, values in self._arrays.items()}
+        np.savez(path, next=self._next, **columns)
 
     def load(self, path: str) -> None:
         """Take all pairs from a file written by :meth:`save` with the same capacity.

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from rpd_sb3.evaluation import EvalResult, Evaluator, find_vec_teacher, wilson_interval
+from rpd_sb3.envs.teacher_access import find_vec_teacher
+from rpd_sb3.evaluation import EvalResult, Evaluator, wilson_interval
 from rpd_sb3.runs import save_model
 
 Deferred = Callable[[], AbstractContextManager[None]]

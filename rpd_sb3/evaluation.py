@@ -15,10 +15,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.envs import VecTeacher, make_vec_env
 from rpd_sb3.envs.factory import evaluation_options
+from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.teachers.base import Teacher
 
 EVAL_SEED = 10_000
@@ -59,13 +60,6 @@ class EvalResult(NamedTuple):
             "mean_return": self.mean_return,
             "mean_length": self.mean_length,
         }
-
-
-def find_vec_teacher(venv: VecEnv | None) -> VecTeacher | None:
-    """The wrapper that asks the teacher, also below those that SB3 adds for images."""
-    found = None if venv is None else unwrap_vec_wrapper(venv, VecTeacher)
-    assert found is None or isinstance(found, VecTeacher)
-    return found
 
 
 def wilson_interval(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

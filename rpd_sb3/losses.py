@@ -15,6 +15,16 @@ def masked_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def standardised(advantages: th.Tensor, std_floor: float) -> th.Tensor:
+    """Advantages of mean 0 and, where they vary by more than the floor, std 1.
+
+    :param advantages: ``(B,)``, B > 1
+    :param std_floor: lower bound of the divisor; 0 is SB3's normalisation
+    :return: ``(B,)``
+    """
+    return (advantages - advantages.mean()) / (advantages.std().clamp(min=std_floor) + 1e-8)
+
+
 def clipped_surrogate(
     log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, clip_range: float
 ) -> tuple[th.Tensor, th.Tensor]:

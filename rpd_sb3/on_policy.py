@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from copy import copy
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -12,44 +13,27 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, safe_mean
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
-from rpd_sb3.buffers import LabelledDictRolloutBuffer, LabelledRolloutBuffer, LabelledSamples, LabelReplay
-from rpd_sb3.envs.teacher_wrapper import TeacherWrapper
-from rpd_sb3.envs.vec_teacher import VecTeacher
-from rpd_sb3.losses import clipped_surrogate
+from rpd_sb3.buffers import (
+    Imitation,
+    LabelledDictRolloutBuffer,
+    LabelledRolloutBuffer,
+    LabelledSamples,
+    LabelReplay,
+    Student,
+)
+from rpd_sb3.envs.teacher_access import set_label_fraction, teacher_labels
+from rpd_sb3.losses import clipped_surrogate, standardised
 from rpd_sb3.teachers.base import TeacherError
+
+Self = TypeVar("Self", bound="OnPolicyDistillation")
 
 MAX_MISSING = 0.5
 """Share of labels of one rollout that may fail to come before training stops."""
-
-
-class Student(NamedTuple):
-    """The student's view of a minibatch, with gradients."""
-
-    distribution: Distribution
-    """Action distribution of the B observations."""
-    values: th.Tensor
-    """``(B,)``"""
-    log_prob: th.Tensor
-    """``(B,)`` of the actions that were taken."""
-    entropy: th.Tensor | None
-    """``(B,)``; None if it has no closed form."""
-
-
-class Imitation(NamedTuple):
-    """What to imitate, and how the student would act there."""
-
-    distribution: Distribution
-    """The student's action distribution of n observations."""
-    labels: dict[str, th.Tensor]
-    """Label name to ``(n, ...)``"""
-    labelled: th.Tensor
-    """``(n,)`` bool: True where the teacher has answered."""
 
 
 class OnPolicyDistillation(PPO):
@@ -65,9 +49,12 @@ class OnPolicyDistillation(PPO):
     :param env: as in PPO, with a teacher
     :param distill_coef: weight of the distillation term, a number or a schedule of the remaining progress; at 0 the
         teacher is not asked
+    :param success_cutoff: success rate of the last training episodes at which the reward takes over: the weight is 0 from
+        there on, and back if the success rate falls below half of that. A hand-over, not a ramp: under Adam a term that
+        is alone moves the policy as far with a small weight as with a large one. None: no hand-over
     :param label_fraction: share of transitions to label
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
-        0: only the current minibatch. Saved apart from the model, by :meth:`save_label_replay`
+        0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
     :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
         would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
     :param kwargs: PPO's arguments
@@ -83,26 +70,31 @@ class OnPolicyDistillation(PPO):
         env: GymEnv | str | None,
         *,
         distill_coef: float | Schedule = 1.0,
+        success_cutoff: float | None = None,
         label_fraction: float = 1.0,
         label_replay: int = 0,
         advantage_std_floor: float = 0.0,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        if isinstance(distill_coef, (int, float)) and not distill_coef >= 0:
-            raise ValueError(f"distill_coef={distill_coef} must not be negative")
-        if not 0.0 < label_fraction <= 1.0:
-            raise ValueError(f"label_fraction={label_fraction} must lie in (0, 1]; for no labels set distill_coef to 0")
-        if label_replay < 0:
-            raise ValueError(f"label_replay={label_replay} must not be negative")
-        if not advantage_std_floor >= 0:
-            raise ValueError(f"advantage_std_floor={advantage_std_floor} must not be negative")
+        checks = {
+            f"distill_coef={distill_coef} must not be negative": callable(distill_coef) or distill_coef >= 0,
+            f"success_cutoff={success_cutoff} must lie in (0, 1]": success_cutoff is None or 0 < success_cutoff <= 1,
+            f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
+            f"label_replay={label_replay} must not be negative": label_replay >= 0,
+            f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{type(self).__name__}: {message}")
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
-        self.distill_coef = distill_coef
+        self.distill_coef: float | Schedule = distill_coef
+        self.success_cutoff = success_cutoff
         self.label_fraction = label_fraction
         self.label_replay = label_replay
         self.advantage_std_floor = advantage_std_floor
         self._current_distill_coef = 0.0
+        self._handed_over = False
         if _init_setup_model:
             self._check_teacher()
             self._setup_model()
@@ -112,10 +104,8 @@ class OnPolicyDistillation(PPO):
             dict_obs = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
         super()._setup_model()
-        self.distill_coef: Schedule = FloatSchedule(self.distill_coef)
-        self._label_replay = LabelReplay(self.label_replay) if self.label_replay else None
-
-    # Seams ------------------------------------------------------------------------------------------------------------
+        self.distill_coef = FloatSchedule(self.distill_coef)
+        self.label_replay_buffer = LabelReplay(self.label_replay) if self.label_replay else None
 
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
@@ -129,65 +119,55 @@ class OnPolicyDistillation(PPO):
         """
         raise NotImplementedError(f"{type(self).__name__} needs {set(self.needs)} but defines no distill_loss")
 
-    # For subclasses ---------------------------------------------------------------------------------------------------
-
     def schedule_distill_coef(self) -> float:
         """Weight of the distillation term for the coming rollout."""
-        return float(self.distill_coef(self._current_progress_remaining))
+        if self.success_cutoff is not None and self.ep_success_buffer:
+            success_rate = safe_mean(self.ep_success_buffer)
+            cutoff = self.success_cutoff / 2 if self._handed_over else self.success_cutoff
+            self._handed_over = success_rate >= cutoff
+        return 0.0 if self._handed_over else float(self.distill_coef(self._current_progress_remaining))  # type: ignore[operator]
 
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
         """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
-        if self._label_replay is None or self._label_replay.size == 0:
+        if self.label_replay_buffer is None or self.label_replay_buffer.size == 0:
             return Imitation(student.distribution, batch.labels, batch.labelled)
         n = len(batch.labelled)
-        observations, labels = self._label_replay.sample(n)
+        observations, labels = self.label_replay_buffer.sample(n)
         tensors = obs_as_tensor(observations, self.device)
-        distribution = self.policy.get_distribution(tensors)  # type: ignore[arg-type]
+        distribution = self.policy.get_distribution(tensors)
         return Imitation(
             distribution,
             {name: th.as_tensor(values, device=self.device) for name, values in labels.items()},
             th.ones(n, dtype=th.bool, device=self.device),
         )
 
-    # The teacher ------------------------------------------------------------------------------------------------------
-
     def _check_teacher(self) -> None:
         if not self.needs or self.env is None:
             return
-        name = type(self).__name__
-        vec_teacher = unwrap_vec_wrapper(self.env, VecTeacher)
-        if vec_teacher is not None:
-            given = [vec_teacher.teacher.spec.labels]  # type: ignore[attr-defined]
-        elif all(self.env.env_is_wrapped(TeacherWrapper)):
-            given = self.env.env_method("label_names")
-        else:
+        name, given = type(self).__name__, teacher_labels(self.env)
+        if given is None:
             raise ValueError(f"{name} needs a teacher: wrap the env, e.g. {name}(policy, VecTeacher(env, teacher))")
-        for labels in given:
-            if missing := self.needs - labels:
-                raise ValueError(
-                    f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}"
-                )
+        if missing := self.needs - given:
+            raise ValueError(
+                f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}"
+            )
 
-    def _set_label_fraction(self, fraction: float) -> None:
-        assert self.env is not None
-        vec_teacher = unwrap_vec_wrapper(self.env, VecTeacher)
-        if vec_teacher is not None:
-            vec_teacher.set_label_fraction(fraction)  # type: ignore[attr-defined]
-        else:
-            self.env.env_method("set_label_fraction", fraction)
+    def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """As in PPO; TensorBoard's log name is that of the class.
 
-    def learn(
-        self, total_timesteps: int, callback: MaybeCallback = None, tb_log_name: str | None = None, **kwargs: Any
-    ) -> OnPolicyDistillation:
+        :raises ValueError: if the environment has no teacher that gives the labels
+        """
         self._check_teacher()
-        return super().learn(total_timesteps, callback, tb_log_name=tb_log_name or type(self).__name__, **kwargs)
+        if len(args) < 4:
+            kwargs.setdefault("tb_log_name", type(self).__name__)
+        return super().learn(*args, **kwargs)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         if self.needs:
             self._current_distill_coef = self.schedule_distill_coef()
-            self._set_label_fraction(self.label_fraction if self._current_distill_coef > 0 else 0.0)
+            set_label_fraction(env, self.label_fraction if self._current_distill_coef > 0 else 0.0)
         completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         if self.needs and not completed:
             # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
@@ -212,13 +192,11 @@ class OnPolicyDistillation(PPO):
         if not buffer.labels and self.label_fraction == 1.0:
             raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
         self.logger.record("rollout/missing_labels", missing)
-        if self._label_replay is not None:
+        if self.label_replay_buffer is not None:
             at = buffer.labelled
             obs = buffer.observations
             kept = {k: v[at] for k, v in obs.items()} if isinstance(obs, dict) else obs[at]
-            self._label_replay.extend(kept, {name: values[at] for name, values in buffer.labels.items()})
-
-    # The loop ---------------------------------------------------------------------------------------------------------
+            self.label_replay_buffer.extend(kept, {name: values[at] for name, values in buffer.labels.items()})
 
     def train(self) -> None:
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
@@ -239,9 +217,9 @@ class OnPolicyDistillation(PPO):
                 if use_surrogate and exceeded and self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 use_surrogate = use_surrogate and not exceeded
-                loss = (
-                    surrogate + self.vf_coef * value_loss if use_surrogate or not distils else self.vf_coef * value_loss
-                )
+                loss = self.vf_coef * value_loss
+                if use_surrogate or not distils:
+                    loss = surrogate + loss
                 if distils:
                     distill_loss, values = self.distill_loss(batch, student)
                     loss = loss + self._current_distill_coef * distill_loss
@@ -266,8 +244,8 @@ class OnPolicyDistillation(PPO):
         actions = batch.actions
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)  # type: ignore[arg-type]
-        student = Student(self.policy.action_dist, values.flatten(), log_prob, entropy)
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        student = Student(copy(self.policy.action_dist), values.flatten(), log_prob, entropy)
 
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         policy_loss, ratio = clipped_surrogate(log_prob, batch.old_log_prob, self._advantages(batch), clip_range)
@@ -289,11 +267,9 @@ class OnPolicyDistillation(PPO):
         return student, policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
 
     def _advantages(self, batch: LabelledSamples) -> th.Tensor:
-        advantages = batch.advantages
-        if self.normalize_advantage and len(advantages) > 1:  # one sample has no std, see SB3's issue #325
-            std = advantages.std().clamp(min=self.advantage_std_floor)
-            advantages = (advantages - advantages.mean()) / (std + 1e-8)
-        return advantages
+        if self.normalize_advantage and len(batch.advantages) > 1:  # one sample has no std, see SB3's issue #325
+            return standardised(batch.advantages, self.advantage_std_floor)
+        return batch.advantages
 
     def _log_update(self, logs: defaultdict[str, list[float]]) -> None:
         for name, values in logs.items():
@@ -305,31 +281,11 @@ class OnPolicyDistillation(PPO):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
-        if self.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", self.clip_range_vf(self._current_progress_remaining))  # type: ignore[operator]
+        for name in ("clip_range", "clip_range_vf"):
+            if (schedule := getattr(self, name)) is not None:
+                self.logger.record(f"train/{name}", schedule(self._current_progress_remaining))
         if self.needs:
             self.logger.record("train/distill_coef", self._current_distill_coef)
 
-    # Save and load ----------------------------------------------------------------------------------------------------
-
-    def save_label_replay(self, path: str) -> None:
-        """Write the label replay to an ``.npz`` file; it can be too large to be part of the model.
-
-        :raises ValueError: if there is none
-        """
-        if self._label_replay is None:
-            raise ValueError(f"{type(self).__name__} has no label replay: label_replay=0")
-        self._label_replay.save(path)
-
-    def load_label_replay(self, path: str) -> None:
-        """Read what :meth:`save_label_replay` has written.
-
-        :raises ValueError: if there is no label replay, or it is too small
-        """
-        if self._label_replay is None:
-            raise ValueError(f"{type(self).__name__} has no label replay: label_replay=0")
-        self._label_replay.load(path)
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_label_replay"]
+        return [*super()._excluded_save_params(), "label_replay_buffer"]

@@ -104,7 +104,7 @@ def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -
     os.replace(temporary, path)
     if label_replay and has_label_replay(model):
         temporary = path.with_name(f".{path.name}.tmp.npz")
-        model.save_label_replay(str(temporary))  # type: ignore[attr-defined]
+        model.label_replay_buffer.save(str(temporary))  # type: ignore[attr-defined]
         os.replace(temporary, label_replay_file(path))
 
 

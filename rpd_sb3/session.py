@@ -28,8 +28,9 @@ from rpd_sb3 import runs
 from rpd_sb3.algos import ALGOS
 from rpd_sb3.config import closest, find_config, load_section, merge, parse_pairs
 from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
+from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import check_spec, student_space
-from rpd_sb3.evaluation import Evaluator, find_vec_teacher
+from rpd_sb3.evaluation import Evaluator
 from rpd_sb3.hyperparams import RunConfig, build_hyperparams, check_section
 from rpd_sb3.teachers import Teacher, make_teacher
 
@@ -240,7 +241,7 @@ def _model(
     if runs.has_label_replay(model) and not replay.is_file():
         print(f"there is no {replay}: the label replay starts empty")
     elif runs.has_label_replay(model):
-        model.load_label_replay(str(replay))  # type: ignore[attr-defined]
+        model.label_replay_buffer.load(str(replay))  # type: ignore[attr-defined]
     # The generators are not in the checkpoint: go on with new episodes and new noise instead of the first ones again.
     model.set_random_seed(args["seed"] + model.num_timesteps)
     model.verbose = args["verbose"]

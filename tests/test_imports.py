@@ -23,7 +23,7 @@ ALLOWED = {
     "teachers": set(),
     "students": set(),
     "envs": {"teachers.base", "teachers.privileged"},
-    "on_policy": {"losses", "buffers", "envs.vec_teacher", "teachers.base"},
+    "on_policy": {"losses", "buffers", "envs.teacher_access", "teachers.base"},
     "algos": {"on_policy", "losses", "buffers"},
 }
 

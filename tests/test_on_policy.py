@@ -171,14 +171,14 @@ def test_save_and_load_keep_everything_but_the_teacher(tmp_path: Path) -> None:
     model = RPD("MlpPolicy", make_venv(1), **kwargs, **SMALL)
     model.learn(14)
     model.save(tmp_path / "model")
-    model.save_label_replay(str(tmp_path / "labels.npz"))
+    model.label_replay_buffer.save(str(tmp_path / "labels.npz"))
     loaded = RPD.load(tmp_path / "model", env=make_venv(1))
-    loaded.load_label_replay(str(tmp_path / "labels.npz"))
+    loaded.label_replay_buffer.load(str(tmp_path / "labels.npz"))
     assert (loaded.loss, loaded.label_replay, loaded.advantage_std_floor) == ("l1", 10, 0.5)
     assert loaded.distill_coef(0.5) == 1.0
-    assert loaded._label_replay.size == 10
-    for name, values in model._label_replay._arrays.items():
-        np.testing.assert_array_equal(loaded._label_replay._arrays[name], values)
+    assert loaded.label_replay_buffer.size == 10
+    for name, values in model.label_replay_buffer._arrays.items():
+        np.testing.assert_array_equal(loaded.label_replay_buffer._arrays[name], values)
     assert loaded.num_timesteps == 14
     assert loaded.rollout_buffer_class is LabelledRolloutBuffer
     loaded.learn(7, reset_num_timesteps=False)

@@ -26,7 +26,9 @@ def test_running_moments_are_those_of_all_states_trained_on() -> None:
 
 
 def test_acting_leaves_the_moments_alone() -> None:
-    model = PPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=8, policy_kwargs={"features_extractor_class": RunningNorm})
+    model = PPO(
+        "MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=8, policy_kwargs={"features_extractor_class": RunningNorm}
+    )
     model.learn(16)
     before = model.policy.features_extractor.mean.clone()
     assert not th.equal(before, th.zeros(3)), "training moves them"

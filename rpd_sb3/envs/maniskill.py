@@ -6,7 +6,7 @@ Shape letters: H and W pixels, S state values, A action dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import cv2
@@ -61,7 +61,7 @@ def is_maniskill(env_id: str) -> bool:
     return env_id in REGISTERED_ENVS
 
 
-@lru_cache(maxsize=None)
+@cache
 def human_camera(env_id: str) -> dict[str, Any]:
     """Pose and field of view of the task's side-view camera (``human`` in the RPD paper, section III-B)."""
     env = gym.make(env_id, obs_mode="none", sim_backend="physx_cpu", render_backend="cpu")
@@ -125,6 +125,7 @@ class ManiSkillAdapter(gym.Wrapper):
         super().__init__(env)
         self.view = view
         self.task = TASKS.get(env_id)
+        self._scene: Any = env.unwrapped
         self.horizon: int = gym.spec(env_id).max_episode_steps  # type: ignore[assignment]
         self._episode_seeds = np.random.default_rng()
         self._slices = field_slices()
@@ -167,7 +168,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _unhide(self) -> None:
         """Show what ManiSkill hides from its sensors: PickCube's goal marker (paper, section III-B)."""
-        hidden = self.env.unwrapped._hidden_objects
+        hidden = self._scene._hidden_objects
         for actor in hidden:
             actor.show_visual()
         hidden.clear()
@@ -176,13 +177,15 @@ class ManiSkillAdapter(gym.Wrapper):
         view = self.view
         state = raw["state"] if view.renders else raw  # type: ignore[index]
         image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
-        student: dict[str, spaces.Space] = {
+        views: dict[str, dict[str, spaces.Space]] = {
             "state": {"state": state},
             "rgb": {"rgb": image},
             "rgb+state": {"rgb": image, "state": PROPRIOCEPTION_SPACE},
-        }[view.obs]
+        }
+        student = views[view.obs]
         teacher: dict[str, spaces.Space] = {}
         for name in view.teacher_inputs:
+            space: spaces.Space
             if name == "privileged":
                 space = spaces.Box(-np.inf, np.inf, (PRIVILEGED_SIZE,), np.float32)
             elif name == "state":
@@ -208,11 +211,11 @@ class ManiSkillAdapter(gym.Wrapper):
         if len(obs) == 1 and not view.teacher_inputs:
             return next(iter(obs.values()))
         for name in view.teacher_inputs:
-            value = self._privileged() if name == "privileged" else state if name == "state" else frame
+            value: Any = self._privileged() if name == "privileged" else state if name == "state" else frame
             obs[TEACHER_PREFIX + name] = value
         return obs
 
-    def _student_image(self, frame: np.ndarray) -> np.ndarray:
+    def _student_image(self, frame: Any) -> np.ndarray:
         size = self.view.image_size
         if frame.shape[0] == size:
             return frame
@@ -220,14 +223,14 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _proprioception(self) -> np.ndarray:
         """Joint positions and velocities and the tool's pose, (25,): what a real arm knows of itself."""
-        agent = self.env.unwrapped.agent
+        agent = self._scene.agent
         parts = (agent.robot.qpos[0], agent.robot.qvel[0], agent.tcp.pose.raw_pose[0])
         return np.concatenate([common.to_numpy(part) for part in parts]).astype(np.float32)
 
     def _privileged(self) -> np.ndarray:
         """The vector laid out in :mod:`rpd_sb3.teachers.privileged`, (S,)."""
         assert self.task is not None
-        scene = self.env.unwrapped
+        scene = self._scene
         robot = scene.agent.robot
         to_base = robot.pose.sp.inv()
         out = np.zeros(PRIVILEGED_SIZE, np.float32)

@@ -123,7 +123,7 @@ class WorkerPoolVecEnv(VecEnv):
             if local:
                 self._send(worker, "call", name, local, args, kwargs)
                 asked.append((worker, [int(rows[0] + i) for i in local]))
-        results = {}
+        results: dict[int, Any] = {}
         for worker, rows_asked in asked:
             values = self._receive(worker)
             results.update(zip(rows_asked, values, strict=True))

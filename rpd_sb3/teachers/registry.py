@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from rpd_sb3.teachers.base import Teacher
-from rpd_sb3.teachers.scripted import ScriptedTeacher
 from rpd_sb3.teachers.sb3_policy import SB3Teacher, load_sb3_model
+from rpd_sb3.teachers.scripted import ScriptedTeacher
 
 TEACHERS = ("scripted", "sb3:FILE")
 

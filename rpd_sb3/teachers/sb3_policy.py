@@ -13,6 +13,7 @@ from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space_channels_first
 
 from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, TeacherSpec
 
@@ -40,7 +41,7 @@ class SB3Teacher(LocalTeacher):
     """
 
     def __init__(self, model: BaseAlgorithm, name: str = "sb3", camera: str = "human") -> None:
-        space = model.observation_space
+        space: Any = model.observation_space
         if hasattr(model.policy, "lstm_actor"):
             raise ValueError(
                 f"teacher {name!r} is recurrent: its answer depends on a history that a query does not carry"
@@ -55,8 +56,8 @@ class SB3Teacher(LocalTeacher):
         self._single = None if isinstance(space, spaces.Dict) else inputs[0]
         sizes: Mapping[str, tuple[int, int]] = {}
         if image:
-            height, width = sorted(space.shape)[1:]  # channels, the smallest, come first or last  # type: ignore[misc]
-            sizes = {camera: (height, width)}
+            height = 1 if is_image_space_channels_first(space) else 0
+            sizes = {camera: (space.shape[height], space.shape[height + 1])}
         self.spec = TeacherSpec(name, frozenset({"action"}), inputs, model.action_space, image_sizes=sizes)
 
     def label(self, query: Query) -> Labels:
