@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, safe_mean
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
@@ -52,6 +52,8 @@ class OnPolicyDistillation(PPO):
     :param success_cutoff: success rate of the last training episodes at which the reward takes over: the weight is 0 from
         there on, and back if the success rate falls below half of that. A hand-over, not a ramp: under Adam a term that
         is alone moves the policy as far with a small weight as with a large one. None: no hand-over
+    :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
+        larger one than the policy gradient does. None: the same
     :param label_fraction: share of transitions to label
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
@@ -71,6 +73,7 @@ class OnPolicyDistillation(PPO):
         *,
         distill_coef: float | Schedule = 1.0,
         success_cutoff: float | None = None,
+        reward_learning_rate: float | None = None,
         label_fraction: float = 1.0,
         label_replay: int = 0,
         advantage_std_floor: float = 0.0,
@@ -80,6 +83,7 @@ class OnPolicyDistillation(PPO):
         checks = {
             f"distill_coef={distill_coef} must not be negative": callable(distill_coef) or distill_coef >= 0,
             f"success_cutoff={success_cutoff} must lie in (0, 1]": success_cutoff is None or 0 < success_cutoff <= 1,
+            f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
             f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
             f"label_replay={label_replay} must not be negative": label_replay >= 0,
             f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
@@ -90,6 +94,7 @@ class OnPolicyDistillation(PPO):
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
         self.distill_coef: float | Schedule = distill_coef
         self.success_cutoff = success_cutoff
+        self.reward_learning_rate = reward_learning_rate
         self.label_fraction = label_fraction
         self.label_replay = label_replay
         self.advantage_std_floor = advantage_std_floor
@@ -202,6 +207,8 @@ class OnPolicyDistillation(PPO):
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
+        if self._handed_over and self.reward_learning_rate is not None:
+            update_learning_rate(self.policy.optimizer, self.reward_learning_rate)
         self._gather_labels()
         self.prepare_rollout()
         buffer: Any = self.rollout_buffer

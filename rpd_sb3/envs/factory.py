@@ -11,6 +11,7 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 from rpd_sb3.teachers.base import TeacherSpec
 
@@ -46,8 +47,6 @@ def make_env(
     :param env_kwargs: further arguments of the environment itself
     :raises ValueError: for an unknown id, or an option that the environment does not have
     """
-    from rpd_sb3.envs import maniskill
-
     options = {
         "obs": obs,
         "reward": reward,
@@ -56,13 +55,15 @@ def make_env(
         "on_success": on_success,
         "control_mode": control_mode,
     }
-    if not maniskill.is_maniskill(env_id):
+    if not is_maniskill(env_id):
         given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
         check_env_id(env_id)
         check_teacher(teacher, env_id, None)
         return gym.make(env_id, render_mode=render_mode, **env_kwargs)
+    from rpd_sb3.envs import maniskill
+
     control_mode = control_mode or "pd_ee_delta_pose"
     check_teacher(teacher, env_id, control_mode)
     inputs = () if teacher is None else teacher.inputs
@@ -84,11 +85,27 @@ def make_env(
     return maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs)
 
 
+def maniskill_ids() -> list[str]:
+    """The environments that ManiSkill registers; none if it is not installed."""
+    try:
+        from mani_skill.utils.registration import REGISTERED_ENVS
+
+        from rpd_sb3.envs import maniskill  # noqa: F401  (registers them)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("mani_skill", "sapien", "cv2"):
+            return []
+        raise
+    return list(REGISTERED_ENVS)
+
+
+def is_maniskill(env_id: str) -> bool:
+    """True if ManiSkill is installed and registers an environment of this name."""
+    return env_id in maniskill_ids()
+
+
 def evaluation_options(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options for evaluation: a ManiSkill episode goes on after success."""
-    from rpd_sb3.envs import maniskill
-
-    return dict(options) | ({"on_success": "continue"} if maniskill.is_maniskill(env_id) else {})
+    return dict(options) | ({"on_success": "continue"} if is_maniskill(env_id) else {})
 
 
 def check_teacher(spec: TeacherSpec | None, env_id: str, control_mode: str | None) -> None:
@@ -116,17 +133,18 @@ def check_env_id(env_id: str) -> None:
     :param env_id: ``name``, or ``module:name`` for one that is registered when the module is imported
     :raises ValueError: naming the closest known id
     """
-    from rpd_sb3.envs import maniskill
-
     module, _, name = env_id.rpartition(":")
     if module:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"env {env_id!r}: module {module!r} cannot be imported: {error}") from error
-    if maniskill.is_maniskill(env_id) or name in gym.registry:
+    maniskill = maniskill_ids()
+    if env_id in maniskill or name in gym.registry:
         return
-    known = sorted(set(maniskill.REGISTERED_ENVS) | set(gym.registry))
+    if not maniskill and env_id in TASKS:
+        raise ValueError(f"env {env_id!r} needs ManiSkill, which is not installed: pip install 'rpd_sb3[maniskill]'")
+    known = sorted(set(maniskill) | set(gym.registry))
     hint = get_close_matches(env_id, known, n=1)
     closest = f"; did you mean {hint[0]!r}?" if hint else ""
     raise ValueError(f"env {env_id!r} is unknown to ManiSkill and Gymnasium{closest}")

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from mani_skill.utils import common
-from mani_skill.utils.registration import REGISTERED_ENVS
 from mani_skill.utils.wrappers import CPUGymWrapper
 
 from rpd_sb3.envs.tasks import TASKS
@@ -43,7 +42,7 @@ class View(NamedTuple):
     """``terminate`` the episode, ``truncate`` it (the RPD authors bootstrap the value on success too),
     or ``continue`` until the time limit (evaluation)."""
     teacher_inputs: tuple[str, ...] = ()
-    """Inputs given under ``teacher/``: ``privileged``, ``state``, ``images.<camera>``."""
+    """Inputs given under ``teacher/``: ``privileged``, ``state``, ``images.<camera>``; ``instruction`` is an attribute."""
     teacher_image_size: int | None = None
     """Side of the teacher's image; None: the student's. The student's is then a downscaled copy."""
 
@@ -52,13 +51,12 @@ class View(NamedTuple):
         return self.obs != "state" or any(name.startswith("images.") for name in self.teacher_inputs)
 
     @property
+    def observed_inputs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.teacher_inputs if name != "instruction")
+
+    @property
     def render_size(self) -> int:
         return self.teacher_image_size or self.image_size
-
-
-def is_maniskill(env_id: str) -> bool:
-    """True if ManiSkill registers an environment of this name."""
-    return env_id in REGISTERED_ENVS
 
 
 @cache
@@ -139,6 +137,11 @@ class ManiSkillAdapter(gym.Wrapper):
         self.action_space = env.action_space
         self.observation_space = self._spaces(env.observation_space)
 
+    @property
+    def instruction(self) -> str:
+        """What a VLA is told to do (paper, Table I); empty for a task that is not the paper's."""
+        return self.task.instruction if self.task else ""
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._episode_seeds = np.random.default_rng(seed)
@@ -184,7 +187,7 @@ class ManiSkillAdapter(gym.Wrapper):
         }
         student = views[view.obs]
         teacher: dict[str, spaces.Space] = {}
-        for name in view.teacher_inputs:
+        for name in view.observed_inputs:
             space: spaces.Space
             if name == "privileged":
                 space = spaces.Box(-np.inf, np.inf, (PRIVILEGED_SIZE,), np.float32)
@@ -208,9 +211,9 @@ class ManiSkillAdapter(gym.Wrapper):
             obs["rgb"] = self._student_image(frame)
         if view.obs == "rgb+state":
             obs["state"] = self._proprioception()
-        if len(obs) == 1 and not view.teacher_inputs:
+        if len(obs) == 1 and not view.observed_inputs:
             return next(iter(obs.values()))
-        for name in view.teacher_inputs:
+        for name in view.observed_inputs:
             value: Any = self._privileged() if name == "privileged" else state if name == "state" else frame
             obs[TEACHER_PREFIX + name] = value
         return obs
@@ -270,7 +273,7 @@ def check_view(env_id: str, view: View, reward: str) -> None:
         raise ValueError(
             f"env {env_id!r}: image_size={view.image_size} must be between 8 and the teacher's {view.render_size} pixels"
         )
-    available = ("privileged", "state", f"images.{view.camera}")
+    available = ("privileged", "state", f"images.{view.camera}", "instruction")
     for name in view.teacher_inputs:
         if name not in available:
             raise ValueError(

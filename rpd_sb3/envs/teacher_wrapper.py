@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from rpd_sb3.envs.labels import PendingLabels
-from rpd_sb3.envs.views import check_spec, student_keys, student_space, student_view, teacher_view
+from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
 
@@ -19,13 +19,19 @@ class TeacherWrapper(gym.Wrapper):
 
     :param env: any Gymnasium environment
     :param teacher: who labels
+    :param instruction: for teachers that want one; None: the environment's attribute ``instruction``
     :param timeout: seconds to wait for an answer
     :raises ValueError: if teacher and environment do not fit
     """
 
-    def __init__(self, env: gym.Env, teacher: Teacher, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self, env: gym.Env, teacher: Teacher, *, instruction: str | None = None, timeout: float = 60.0
+    ) -> None:
         check_spec(teacher.spec, env.observation_space, env.action_space)
         super().__init__(env)
+        if instruction is None and env.has_wrapper_attr("instruction"):
+            instruction = env.get_wrapper_attr("instruction")
+        self._instructions = check_instructions(teacher.spec, [instruction])
         self.teacher = teacher
         self.n_labels = 0
         """Labels asked for so far."""
@@ -70,8 +76,9 @@ class TeacherWrapper(gym.Wrapper):
         :return: label name to ``(1, ...)``
         :raises TeacherError: if the answer is late or unusable
         """
+        extra = {} if self._instructions is None else {"instruction": self._instructions}
         query = Query(
-            inputs=self._inputs,
+            inputs=self._inputs | extra,
             env_ids=np.zeros(1, dtype=int),
             episode_starts=np.array([self._episode_start]),
             actions=None if action is None else np.asarray(action)[None],

@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from rpd_sb3.envs.labels import ON_FAILURE, LazyLabel, PendingLabels
-from rpd_sb3.envs.views import check_spec, student_keys, student_space, student_view, teacher_view
+from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
 
@@ -24,6 +24,7 @@ class VecTeacher(VecEnvWrapper):
 
     :param venv: environments, usually from :func:`rpd_sb3.envs.make_vec_env`
     :param teacher: who labels
+    :param instruction: for teachers that want one; None: each environment's attribute ``instruction``
     :param label_fraction: share of transitions to label, drawn at random; the others carry no label
     :param timeout: seconds to wait for an answer
     :param on_failure: ``raise`` a TeacherError, or ``skip`` the labels of that step (they become NaN)
@@ -37,6 +38,7 @@ class VecTeacher(VecEnvWrapper):
         venv: VecEnv,
         teacher: Teacher,
         *,
+        instruction: str | None = None,
         label_fraction: float = 1.0,
         timeout: float = 60.0,
         on_failure: str = "raise",
@@ -49,6 +51,8 @@ class VecTeacher(VecEnvWrapper):
             raise ValueError(f"VecTeacher: on_failure={on_failure!r} is unknown; choose one of {', '.join(ON_FAILURE)}")
         if timeout <= 0:
             raise ValueError(f"VecTeacher: timeout={timeout} must be positive (seconds)")
+        found = venv.get_attr("instruction") if instruction is None and venv.has_attr("instruction") else [instruction]
+        self._instructions = check_instructions(teacher.spec, found * (venv.num_envs // len(found)))
         self.teacher = teacher
         self.n_labels = 0
         """Labels asked for so far."""
@@ -125,8 +129,11 @@ class VecTeacher(VecEnvWrapper):
         return np.flatnonzero(self._rng.random(self.num_envs) < self.label_fraction)
 
     def _submit(self, rows: np.ndarray, actions: np.ndarray | None) -> PendingLabels:
+        inputs = {name: value[rows] for name, value in self._inputs.items()}
+        if self._instructions is not None:
+            inputs["instruction"] = self._instructions[rows]
         query = Query(
-            inputs={name: value[rows] for name, value in self._inputs.items()},
+            inputs=inputs,
             env_ids=rows,
             episode_starts=self._episode_starts[rows],
             actions=None if actions is None else np.array(actions)[rows],

@@ -6,6 +6,7 @@ for itself, so that the student's space is a plain Box. An observation without s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,9 @@ def teacher_view(obs: Any, space: spaces.Space, names: tuple[str, ...]) -> dict[
 
     :param obs: batched observation of ``space``
     :param space: observation space of the environment
-    :param names: inputs that the teacher wants
+    :param names: inputs that the teacher wants; ``instruction`` is no part of the observation
     """
+    names = tuple(name for name in names if name != "instruction")
     if _has_teacher_view(space):
         return {name: np.array(obs[TEACHER_PREFIX + name]) for name in names}
     if isinstance(space, spaces.Dict):
@@ -85,7 +87,7 @@ def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space:
     """
     given = teacher_spaces(observation_space)
     for name in spec.inputs:
-        if name not in given:
+        if name != "instruction" and name not in given:
             raise ValueError(
                 f"teacher {spec.name!r} needs the input {name!r}, but the environment shows it {sorted(given)}; "
                 f"add it to the observation as {TEACHER_PREFIX + name!r}"
@@ -102,6 +104,20 @@ def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space:
             f"teacher {spec.name!r} gives actions of {spec.action_space}, but the environment takes {action_space}; "
             "choose the teacher made for this environment and control mode, or rescale the actions"
         )
+
+
+def check_instructions(spec: TeacherSpec, instructions: Sequence[str | None]) -> np.ndarray | None:
+    """The instructions as an array (N,) of str; None if the teacher does not want any.
+
+    :raises ValueError: if it does, and an environment has none
+    """
+    if "instruction" not in spec.inputs:
+        return None
+    if not all(instructions):
+        raise ValueError(
+            f"teacher {spec.name!r} needs an instruction, but the environment has none: give it as instruction='...'"
+        )
+    return np.array(instructions)
 
 
 def _same_actions(a: spaces.Space, b: spaces.Space) -> bool:

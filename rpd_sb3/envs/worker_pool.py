@@ -100,6 +100,9 @@ class WorkerPoolVecEnv(VecEnv):
     def get_images(self) -> Sequence[np.ndarray | None]:
         return self._call("get_images", None)
 
+    def has_attr(self, attr_name: str) -> bool:
+        return all(self._call("has_attr", None, attr_name))
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         return self._call("get_attr", indices, attr_name)
 
@@ -193,5 +196,7 @@ def _obey(venv: DummyVecEnv, command: str, data: tuple[Any, ...]) -> Any:
     name, local, args, kwargs = data
     if name == "get_images":
         return venv.get_images()
+    if name == "has_attr":
+        return [venv.has_attr(*args)] * len(local)
     result = getattr(venv, name)(*args, indices=local, **kwargs)
     return [None] * len(local) if result is None else result
