@@ -17,8 +17,8 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-train: $(INSTALLED)  ## distil the scripted teacher into a student on PickCube
-	$(RUN) -m rpd_sb3.train --algo rpd_ppo --env PickCube-v1 --teacher scripted $(ARGS)
+train: $(INSTALLED)  ## distil a noisy teacher into a student on PickCube
+	$(RUN) -m rpd_sb3.train --algo rpd_ppo --env PickCube-v1 --section noisy-teacher $(ARGS)
 
 test: check-format lint type  ## the gate: formatting, lint, types, tests
 	$(PYTEST) $(ARGS)

@@ -14,7 +14,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, safe_mean, update_learning_rate
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    explained_variance,
+    obs_as_tensor,
+    safe_mean,
+    update_learning_rate,
+)
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
