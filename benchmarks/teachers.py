@@ -23,13 +23,17 @@ def main() -> None:
         for task in TASKS:
             command = ["-m", "rpd_sb3.evaluate", "--teacher", "scripted", "--env", f"{task}-v1", *EPISODES]
             subprocess.run([sys.executable, *command, "--json", str(file)], check=True, stdout=subprocess.DEVNULL)
-            records.append({"env": f"{task}-v1", "command": " ".join(["python", *command])} | json.loads(file.read_text()))
+            records.append(
+                {"env": f"{task}-v1", "command": " ".join(["python", *command])} | json.loads(file.read_text())
+            )
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(records, indent=1) + "\n")
     print("| task | success | 95 % interval | at the last step |\n|---|---|---|---|")
     for record in records:
         low, high = record["ci95"]
-        print(f"| {record['env']} | {record['success_once']:.0%} | {low:.0%} to {high:.0%} | {record['success_at_end']:.0%} |")
+        print(
+            f"| {record['env']} | {record['success_once']:.0%} | {low:.0%} to {high:.0%} | {record['success_at_end']:.0%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def probe(env_id: str, env_kwargs: dict[str, Any], teacher: Teacher | None) -> s
         raise
     except (TypeError, AssertionError, KeyError, AttributeError, ImportError, RuntimeError, gym.error.Error) as error:
         reason = str(error).split(" was raised from the environment creator")[0]
-        raise ValueError(f"env {env_id!r} cannot be made with {env_kwargs or 'its defaults'}: {reason}") from error
+        no_renderer = any(sign in reason for sign in ("vk::", "Vulkan", "rendering device"))
+        fix = "; python -m rpd_sb3.doctor says what to install" if no_renderer else ""
+        raise ValueError(f"env {env_id!r} cannot be made with {env_kwargs or 'its defaults'}: {reason}{fix}") from error
     try:
         if spec is not None:
             check_spec(spec, env.observation_space, env.action_space)

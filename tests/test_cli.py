@@ -641,3 +641,22 @@ def test_evaluate_a_damaged_model(logs: Path, capsys: pytest.CaptureFixture[str]
     assert "best_model.zip' is not a zip file written by SB3" in sentence(["--run", str(folder)], capsys, evaluate)
     (folder / "best_model.zip").unlink()
     assert "has no best_model.zip yet; use --model last" in sentence(["--run", str(folder)], capsys, evaluate)
+
+
+def test_without_a_renderer_the_doctor_is_named(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rpd_sb3.train",
+        "--algo",
+        "ppo",
+        "--env",
+        "PickCube-v1",
+        "-f",
+        str(tmp_path / "logs"),
+    ]
+    environment = os.environ | {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("; python -m rpd_sb3.doctor says what to install")
+    assert not (tmp_path / "logs").exists()

@@ -39,7 +39,6 @@ class WorkerPoolVecEnv(VecEnv):
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], n_workers: int | None = None) -> None:
         self.closed = False
-        self._waiting = False
         n_workers = min(len(env_fns), n_workers or os.cpu_count() or 1)
         self._rows = np.array_split(np.arange(len(env_fns)), n_workers)
         # The fork server imports the simulator once; its children start in milliseconds and share the memory.
@@ -61,10 +60,8 @@ class WorkerPoolVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         for worker, rows in enumerate(self._rows):
             self._send(worker, "step", actions[rows])
-        self._waiting = True
 
     def step_wait(self) -> VecEnvStepReturn:
-        self._waiting = False
         results = [self._receive(worker) for worker in range(len(self._rows))]
         obs, rewards, dones, infos, reset_infos = zip(*results, strict=True)
         self.reset_infos = [info for part in reset_infos for info in part]
