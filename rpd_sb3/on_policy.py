@@ -142,15 +142,10 @@ class OnPolicyDistillation(PPO):
         """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
         if self.label_replay_buffer is None or self.label_replay_buffer.size == 0:
             return Imitation(student.distribution, batch.labels, batch.labelled)
-        n = len(batch.labelled)
-        observations, labels = self.label_replay_buffer.sample(n)
-        tensors = obs_as_tensor(observations, self.device)
-        distribution = self.policy.get_distribution(tensors)
-        return Imitation(
-            distribution,
-            {name: th.as_tensor(values, device=self.device) for name, values in labels.items()},
-            th.ones(n, dtype=th.bool, device=self.device),
-        )
+        observations, labels = self.label_replay_buffer.sample(len(batch.labelled))
+        distribution = self.policy.get_distribution(obs_as_tensor(observations, self.device))
+        targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
+        return Imitation(distribution, targets, th.ones_like(batch.labelled))
 
     def _check_teacher(self) -> None:
         if not self.needs or self.env is None:
@@ -198,7 +193,7 @@ class OnPolicyDistillation(PPO):
             return
         if missing > MAX_MISSING:
             raise TeacherError(
-                f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may be"
+                f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may"
             )
         if not buffer.labels and self.label_fraction == 1.0:
             raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
@@ -288,9 +283,8 @@ class OnPolicyDistillation(PPO):
         for name, values in logs.items():
             self.logger.record(f"train/{name}", safe_mean(values))
         buffer = self.rollout_buffer
-        self.logger.record(
-            "train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        )
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
