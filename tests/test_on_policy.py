@@ -219,6 +219,15 @@ def test_target_kl_stops_the_surrogate_but_not_the_distillation() -> None:
     assert ppo._n_updates < 2
 
 
+def test_target_kl_stops_surrogate_and_entropy_bonus() -> None:
+    def log_std(target_kl: float | None) -> float:
+        model = RPD("MlpPolicy", make_venv(2), target_kl=target_kl, ent_coef=1.0, learning_rate=1e-2, **SMALL)
+        return float(model.learn(140).policy.log_std.mean())
+
+    assert log_std(None) > 0.3, "the entropy bonus widens the policy"
+    assert log_std(1e-9) < 0.15
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

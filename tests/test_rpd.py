@@ -131,6 +131,7 @@ def test_reward_takes_over_at_the_cutoff_and_hands_back_below_half_of_it() -> No
     assert coefs == [1, 1, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_only_reward_corrects_a_biased_teacher() -> None:
     def biased(query: Query) -> np.ndarray:
         return query.inputs["state"] + np.array([0.15, 0.0])
