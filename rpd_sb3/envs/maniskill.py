@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from mani_skill.utils import common
+from mani_skill.utils.logging_utils import logger as maniskill_logger
 from mani_skill.utils.wrappers import CPUGymWrapper
 
 from rpd_sb3.envs.tasks import TASKS
@@ -29,6 +30,9 @@ CAMERAS = ("human", "base")
 ON_SUCCESS = ("terminate", "truncate", "continue")
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
+
+# A remark to authors of scenes, three times for each environment of some tasks.
+maniskill_logger.addFilter(lambda record: "No initial pose set" not in record.getMessage())
 
 
 class View(NamedTuple):
