@@ -237,25 +237,24 @@ class ManiSkillAdapter(gym.Wrapper):
     def _privileged(self) -> np.ndarray:
         """The vector laid out in :mod:`rpd_sb3.teachers.privileged`, (S,)."""
         assert self.task is not None
-        scene = self._scene
-        robot = scene.agent.robot
-        to_base = robot.pose.sp.inv()
+        # SAPIEN's own objects: ManiSkill's make batched tensors of each pose, which took a tenth of the whole step.
+        robot = self._scene.agent.robot._objs[0]
+        to_base = robot.root_pose.inv()
         out = np.zeros(PRIVILEGED_SIZE, np.float32)
 
-        def put_pose(field: str, actor: Any) -> None:
-            pose = to_base * actor.pose.sp
+        def put_pose(field: str, pose: Any) -> None:
             out[self._slices[field]] = (*pose.p, *pose.q)
 
-        put_pose("tcp_pose", scene.agent.tcp)
-        out[self._slices["gripper"]] = float(robot.qpos[0, -2:].mean())
-        target = getattr(scene, self.task.object)
-        put_pose("object_pose", target)
-        velocity = to_base.to_transformation_matrix()[:3, :3] @ common.to_numpy(target.linear_velocity)[0]
+        put_pose("tcp_pose", to_base * self._scene.agent.tcp._objs[0].entity_pose)
+        out[self._slices["gripper"]] = robot.qpos[-2:].mean()
+        target = getattr(self._scene, self.task.object)
+        put_pose("object_pose", to_base * target._objs[0].pose)
+        velocity = to_base.to_transformation_matrix()[:3, :3] @ target._bodies[0].linear_velocity
         out[self._slices["object_velocity"]] = velocity
         if self.task.tool is not None:
-            put_pose("tool_pose", getattr(scene, self.task.tool))
+            put_pose("tool_pose", to_base * getattr(self._scene, self.task.tool)._objs[0].pose)
         if self.task.goal is not None:
-            out[self._slices["goal"]] = (to_base * getattr(scene, self.task.goal).pose.sp).p
+            out[self._slices["goal"]] = (to_base * getattr(self._scene, self.task.goal)._objs[0].pose).p
         return out
 
 
