@@ -89,9 +89,6 @@ def load_run(folder: str | Path) -> SavedRun:
     return run
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
 def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -> None:
     """Save a model, and its label replay next to it; a file of that name is replaced only by a complete one.
 
@@ -149,9 +146,6 @@ def load_model(
     """
     read_model_data(str(path))
     return algo.load(path, env=env, device=device)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -16,6 +16,16 @@ logger = logging.getLogger(__name__)
 ON_FAILURE = ("raise", "skip")
 
 
+def check_label_fraction(fraction: float) -> float:
+    """The share of transitions to label.
+
+    :raises ValueError: outside [0, 1]
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"label_fraction={fraction} must lie between 0 and 1")
+    return fraction
+
+
 def check_labels(labels: Labels, spec: TeacherSpec, n: int) -> Labels:
     """Make sure that an answer is complete, has the right shape and is finite.
 

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rpd_sb3.envs.labels import PendingLabels
+from rpd_sb3.envs.labels import PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
@@ -52,9 +52,7 @@ class TeacherWrapper(gym.Wrapper):
 
         :raises ValueError: outside [0, 1]
         """
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"label_fraction={fraction} must lie between 0 and 1")
-        self.label_fraction = fraction
+        self.label_fraction = check_label_fraction(fraction)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)

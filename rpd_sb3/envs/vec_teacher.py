@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from rpd_sb3.envs.labels import ON_FAILURE, LazyLabel, PendingLabels
+from rpd_sb3.envs.labels import ON_FAILURE, LazyLabel, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
@@ -75,9 +75,7 @@ class VecTeacher(VecEnvWrapper):
 
         :raises ValueError: outside [0, 1]
         """
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"label_fraction={fraction} must lie between 0 and 1")
-        self.label_fraction = fraction
+        self.label_fraction = check_label_fraction(fraction)
 
     def reset(self) -> VecEnvObs:
         obs = self.venv.reset()
