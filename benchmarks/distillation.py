@@ -60,17 +60,23 @@ def cells(rows: list[str], tasks: list[str], algos: list[str], seeds: int) -> li
     return found
 
 
+def complete_result(folder: Path) -> dict[str, Any] | None:
+    """The result of the run in this folder that went to its end; None if there is none yet."""
+    results = [json.loads(path.read_text()) for path in folder.glob("*/*/result.json")]
+    return next((result for result in results if result["complete"]), None)
+
+
 def train(cell: Cell, root: Path) -> dict[str, Any]:
     """Train one cell unless that is done already; its result.json and evaluation curve."""
     folder = root / cell.folder
-    done = [path for path in folder.glob("*/*/result.json") if json.loads(path.read_text())["complete"]]
-    if not done:
+    result = complete_result(folder)
+    if result is None:
         command = [sys.executable, *cell.command, "-f", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-        done = list(folder.glob("*/*/result.json"))
-    result = json.loads(done[-1].read_text())
+        result = complete_result(folder)
+        assert result is not None, "a run that ends well has a complete result.json"
     command = shlex.join(["python", *cell.command])
     print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
     return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}

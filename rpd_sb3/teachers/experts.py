@@ -63,9 +63,10 @@ def stack_cube(state: State) -> np.ndarray:
     """Grasp the red cube, carry it over the green one, put it down there, let go and rise."""
     course = state.tool + [0, 0, 2 * CUBE] - state.object
     aside = length(flat(course))
-    # Beside a close neighbour the fingers only fit at right angles to the line between the cubes.
-    crowded = ramp(aside, 0.09, 0.08)
-    pick = grasp(state, state.object, axis(state.object_quat, 0), CUBE, period=np.pi / 2, prefer=course, weight=crowded)
+    # As in pick_cube the hand keeps its heading. But beside a close neighbour the fingers only fit at right angles to the
+    # line between the cubes.
+    along = blend(ramp(aside, 0.09, 0.08), flat(course), np.broadcast_to([1.0, 0.0, 0.0], course.shape))
+    pick = grasp(state, state.object, along, CUBE + 0.005, period=np.pi)
     may_travel = ramp(course[:, 2], 0.0, -0.02)  # once above the green cube
     carry = flat(course) * may_travel[:, None] + upwards(course[:, 2] + 0.06 * ramp(aside, 0.01, 0.05))
     placed = ramp(aside, 0.02, 0.01) * ramp(np.abs(course[:, 2]), 0.01, 0.005)

@@ -215,8 +215,6 @@ def grasp(
     along: np.ndarray,
     half_width: float,
     period: float,
-    prefer: np.ndarray | None = None,
-    weight: np.ndarray | float = 0.0,
 ) -> Grasp:
     """Reach a point from above with open fingers, and close them there; recovers from any lost or missed grasp.
 
@@ -224,12 +222,9 @@ def grasp(
     :param along: (N, 3) direction for the gripper's x axis, seen from above; fingers close at right angles to it
     :param half_width: of the thing, along the closing direction
     :param period: angle after which the thing looks the same; the heading taken is the nearest to the gripper's
-    :param prefer: (N, 3) the heading taken is the nearest to this direction instead ...
-    :param weight: (N,) ... as far as this is 1
     """
     now = heading(axis(state.tcp_quat, 0))
-    nearest_to = now if prefer is None else now + weight * wrap(heading(prefer) - now, np.pi)
-    yaw = nearest_to + wrap(heading(along) - nearest_to, period)
+    yaw = now + wrap(heading(along) - now, period)
     way = point - state.tcp
     far = ramp(length(flat(point)), REACH - 0.04, REACH + 0.01)
     turn = turn_to(state.tcp_quat, pointing_down(yaw, tilt=0.25 * far))
