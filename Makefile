@@ -1,17 +1,19 @@
 # `make help` lists the targets. `make train` and `make test` set up a fresh machine themselves.
-#   ARGS    more arguments for train, test, bench and doctor:  make train ARGS="--seed 1 -n 50000"
+#   ARGS    more arguments for train, demo-remote, test, bench and doctor:  make train ARGS="--seed 1 -n 50000"
 #   TORCH   what pip shall install:  make test TORCH="torch==2.13.0 --index-url <PyTorch's index for CPU builds>"
-#   PYTHON  interpreter for the virtual environment, 3.10 to 3.12;  VENV  where that environment lies
+#   PYTHON  interpreter for the virtual environments, 3.10 to 3.12;  VENV, TEACHER_VENV  where they lie
 VENV ?= .venv
+TEACHER_VENV ?= .venv-teacher
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PYTHON ?=
 ARGS ?=
 export PYTHON
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.rpd_sb3-installed
+TEACHER_INSTALLED := $(TEACHER_VENV)/.rpd_sb3-installed
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help train test test-slow check format check-format lint type bench doctor system vulkan clean
+.PHONY: help train demo-remote test test-slow check format check-format lint type bench doctor system vulkan clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -19,6 +21,9 @@ help:  ## this list
 
 train: $(INSTALLED)  ## distil a noisy teacher into a student on PickCube
 	$(RUN) -m rpd_sb3.train --algo rpd_ppo --env PickCube-v1 --section noisy-teacher $(ARGS)
+
+demo-remote: $(INSTALLED) $(TEACHER_INSTALLED)  ## the same, with the teacher behind HTTP in an environment without torch
+	scripts/demo_remote.sh $(RUN) $(TEACHER_VENV)/bin/python $(ARGS)
 
 test: check-format lint type  ## the gate: formatting, lint, types, tests
 	$(PYTEST) $(ARGS)
@@ -54,9 +59,13 @@ vulkan:  ## a Vulkan driver, if none works
 	@scripts/vulkan.sh
 
 clean:  ## remove what make has made; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TEACHER_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.cfg constraints.txt | system
 	scripts/venv.sh $(VENV) $(TORCH)
+	@touch $@
+
+$(TEACHER_INSTALLED): setup.cfg constraints.txt | system
+	scripts/teacher_venv.sh $(TEACHER_VENV)
 	@touch $@

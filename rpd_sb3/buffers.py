@@ -87,20 +87,22 @@ class _LabelsMixin:
         """
         assert len(self._infos) == self.buffer_size, "labels and transitions are out of step"
         asked = 0
-        for name in names:
-            for step, row in enumerate(self._infos):
-                for env, entry in enumerate(row):
-                    if name not in entry:
-                        continue
-                    value = np.asarray(entry[name], dtype=np.float32)
+        for step, row in enumerate(self._infos):
+            for env, entry in enumerate(row):
+                if not entry:
+                    continue
+                asked += 1
+                values = {name: np.asarray(entry[name], dtype=np.float32) for name in names}
+                # A skipped label is NaN; a teacher's own NaN is an error before this.
+                came = not any(np.isnan(value).any() for value in values.values())
+                self.labelled[step, env] = came
+                for name, value in values.items():
                     if name not in self.labels:
                         self.labels[name] = np.zeros((self.buffer_size, self.n_envs, *value.shape), np.float32)
-                    asked += 1
-                    if not np.isnan(value).any():  # a skipped label is NaN; a teacher's own NaN is an error before this
+                    if came:
                         self.labels[name][step, env] = value
-                        self.labelled[step, env] = True
         self._infos = []
-        return 1.0 - int(self.labelled.sum()) * len(names) / asked if asked else 0.0
+        return 1.0 - int(self.labelled.sum()) / asked if asked else 0.0
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> LabelledSamples:
         samples: Any = super()._get_samples(batch_inds, env)  # type: ignore[misc]

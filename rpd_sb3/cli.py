@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import platform
 import signal
 import sys
 import threading
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
 
-from rpd_sb3.config import closest
+from rpd_sb3.names import closest
 
 USER_ERROR, RUN_ERROR = 2, 1
 """Exit codes: nothing was started; something failed on the way. 128 + n after signal n."""
@@ -43,6 +45,21 @@ def whole_number(text: str) -> int:
 
 
 whole_number.__name__ = "whole number"  # argparse shows it: invalid whole number value: 'x'
+
+
+def check_training_side() -> None:
+    """Make sure that students can be trained here; the environment of a teacher's service need not be able to.
+
+    :raises ValueError: naming what is missing
+    """
+    if sys.version_info < (3, 10):
+        raise ValueError(
+            f"students need Python 3.10 or newer, this is {platform.python_version()}: only a teacher's service "
+            "(python -m rpd_sb3.serve) runs in older ones"
+        )
+    for module in ("torch", "stable_baselines3"):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"students need {module}, which is not installed here: pip install rpd_sb3")
 
 
 def print_error(error: BaseException) -> None:

@@ -14,23 +14,17 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from difflib import get_close_matches
-from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 from rpd_sb3 import vulkan
+from rpd_sb3.findings import FAIL, OK, WARN, Finding
+from rpd_sb3.teacher_check import check_teacher
 
-OK, WARN, FAIL = "ok", "warn", "fail"
 TIMEOUT = 5.0
-"""Deadline for a teacher's answer."""
+"""Deadline for the answer of a GPU's driver."""
 RENDER_TIMEOUT = 60.0
 """Deadline for a renderer's start; a software renderer on a busy machine takes seconds."""
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT")
 STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
 # torch has a line of its own.
@@ -43,17 +37,6 @@ import sapien
 sapien.render.RenderSystem()
 print(sapien.render.get_device_summary())
 """
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    name: str
-    status: str
-    """``ok``, ``warn`` (works, or is not needed here) or ``fail``."""
-    value: str
-    fix: str = ""
-    """The command that repairs it."""
 
 
 def check_python() -> Finding:
@@ -201,43 +184,10 @@ def check_octo() -> list[Finding]:
     return [Finding("Octo", WARN, "`octo` is the index's plugin framework, not the robot model", "pip uninstall octo")]
 
 
-def check_teacher(teacher: str) -> Finding:
-    """Whether the teacher can be asked.
-
-    :param teacher: ``scripted``, ``sb3:FILE``, or the URL of a server
-    """
-    name = f"Teacher {teacher}"
-    if teacher == "scripted":
-        return Finding(name, OK, "part of the library")
-    if teacher.startswith("sb3:"):
-        path = Path(teacher.removeprefix("sb3:"))
-        # SB3 itself adds the suffix.
-        if path.is_file() or path.with_name(f"{path.name}.zip").is_file():
-            return Finding(name, OK, "the file exists")
-        return Finding(name, FAIL, "no such file", "--teacher sb3:FILE, a model that SB3's save() has written")
-    if teacher.startswith(("http://", "https://")):
-        return _check_server(name, teacher)
-    closest = get_close_matches(teacher, TEACHERS, n=1, cutoff=0.3)
-    return Finding(name, FAIL, "unknown kind of teacher", f"--teacher {' or '.join(closest or TEACHERS)}")
-
-
-def _check_server(name: str, url: str) -> Finding:
-    ready = f"{url.rstrip('/')}/v2/health/ready"
-    fix = f"start the server there, then: curl -i {ready}"
-    start = time.perf_counter()
-    try:
-        urllib.request.urlopen(ready, timeout=TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        return Finding(name, FAIL, f"not ready: HTTP {error.code}", fix)
-    except (OSError, HTTPException, ValueError) as error:  # refused, too slow, not HTTP, no such host or port
-        return Finding(name, FAIL, f"no answer: {getattr(error, 'reason', error)}", fix)
-    return Finding(name, OK, f"ready, {1000 * (time.perf_counter() - start):.0f} ms")
-
-
 def examine(teacher: str | None = None) -> list[Finding]:
     """All checks, in the order of the report.
 
-    :param teacher: see :func:`check_teacher`; None leaves that line out
+    :param teacher: see :func:`~rpd_sb3.teacher_check.check_teacher`; None leaves that line out
     """
     maniskill = check_maniskill()
     installed = maniskill.status != WARN
@@ -248,7 +198,7 @@ def examine(teacher: str | None = None) -> list[Finding]:
         findings.append(check_rendering())
     findings += check_octo()
     if teacher is not None:
-        findings.append(check_teacher(teacher))
+        findings += check_teacher(teacher)
     return findings
 
 
@@ -286,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: exit code, 1 if something that is needed is missing
     """
     parser = argparse.ArgumentParser(prog="python -m rpd_sb3.doctor", description="What works on this machine.")
-    parser.add_argument("--teacher", help="also ask this teacher: scripted, sb3:FILE or http://HOST:PORT")
+    parser.add_argument(
+        "--teacher", help="also ask this teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS"
+    )
     findings = examine(parser.parse_args(argv).teacher)
     show(findings)
     return 1 if any(finding.status == FAIL for finding in findings) else 0

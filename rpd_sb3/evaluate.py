@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli import Interrupt, Parser, run_command, whole_number
+from rpd_sb3.cli import Interrupt, Parser, check_training_side, run_command, whole_number
 
 
 def make_parser() -> Parser:
@@ -18,7 +18,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--run", metavar="RUN_DIR", help="evaluate the student of a run")
     add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
-    add("--teacher", help="evaluate a teacher: scripted, or sb3:FILE for a saved SB3 model")
+    add("--teacher", help="evaluate a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run]")
     add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment [those of the run]")
@@ -49,6 +49,7 @@ def check(argv: Sequence[str]) -> Any:
 
     :raises ValueError: with what is wrong
     """
+    check_training_side()
     args = make_parser().parse_args(argv)
     if (args.run is None) == (args.teacher is None):
         raise ValueError(

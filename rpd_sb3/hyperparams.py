@@ -13,7 +13,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
-from rpd_sb3.config import closest
+from rpd_sb3.names import closest
 
 CLASS_KEYS = ("activation_fn", "features_extractor_class", "optimizer_class")
 """Keys of ``policy_kwargs`` whose value is the dotted name of a class."""

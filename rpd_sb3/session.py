@@ -26,12 +26,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3 import runs
 from rpd_sb3.algos import ALGOS
-from rpd_sb3.config import closest, find_config, load_section, merge, parse_pairs
+from rpd_sb3.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import check_spec, student_space
 from rpd_sb3.evaluation import Evaluator
 from rpd_sb3.hyperparams import RunConfig, build_hyperparams, check_section
+from rpd_sb3.names import closest
 from rpd_sb3.teachers import Teacher, make_teacher
 
 

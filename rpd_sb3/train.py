@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rpd_sb3.cli import Job, Parser, run_command, whole_number
+from rpd_sb3.cli import Job, Parser, check_training_side, run_command, whole_number
 
 DEFAULTS: dict[str, Any] = {
     "algo": None,
@@ -56,7 +56,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--algo", help="ppo, rpd_ppo, recurrent_ppo or trpo")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id")
-    add("--teacher", help="scripted, or sb3:FILE for a saved SB3 model [that of the config]")
+    add("--teacher", help="scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS [that of the config]")
     add("--teacher-kwargs", nargs="+", metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--seed", type=whole_number, help="[0]")
     add("-n", "--n-timesteps", type=whole_number, metavar="N", help="environment steps, e.g. 1e5 [that of the config]")
@@ -104,6 +104,7 @@ def set_up(argv: Sequence[str]) -> Job:
 
     :raises ValueError: with what is wrong
     """
+    check_training_side()
     given = vars(make_parser().parse_args(argv))
     for key, minimum in AT_LEAST.items():
         if given.get(key, minimum) < minimum:

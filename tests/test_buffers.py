@@ -1,4 +1,4 @@
-"""The label replay: which pairs it keeps, and that pairs stay pairs."""
+"""Labels in the rollout buffer; the label replay: which pairs it keeps, and that pairs stay pairs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
-from rpd_sb3.buffers import LabelReplay
+from rpd_sb3.buffers import LabelledRolloutBuffer, LabelReplay
+
+
+def test_transition_is_labelled_only_if_all_of_its_labels_came() -> None:
+    box = spaces.Box(-1, 1, (2,))
+    buffer = LabelledRolloutBuffer(3, box, box, n_envs=2)
+    buffer.reset()
+    here, gone = np.ones(2), np.full(2, np.nan)
+    rows = [
+        [{"teacher_action": here, "teacher_std": here}, {"teacher_action": here, "teacher_std": gone}],
+        [{}, {"teacher_action": gone, "teacher_std": gone}],
+        [{"teacher_action": here, "teacher_std": here}, {}],
+    ]
+    names = frozenset({"action", "std"})
+    for row in rows:
+        buffer.add_labels(row, names)
+    assert buffer.gather_labels(names) == 0.5
+    np.testing.assert_array_equal(buffer.labelled, [[True, False], [False, False], [True, False]])
+    np.testing.assert_array_equal(buffer.labels["action"][..., 0], [[1, 0], [0, 0], [1, 0]])
 
 
 def pairs(start: int, n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -306,7 +306,8 @@ def test_teacher_of_other_observations(logs: Path, tmp_path: Path, capsys: pytes
             self.observation_space = type(self.observation_space)(-1.0, 1.0, (5,), np.float32)
 
     PPO("MlpPolicy", Wide(), device="cpu").save(tmp_path / "wide.zip")
-    assert "Unexpected observation shape" in sentence(rpd(logs, tmp_path / "wide.zip"), capsys)
+    message = sentence(rpd(logs, tmp_path / "wide.zip"), capsys)
+    assert "needs the input 'state' of shape (5,), but the environment gives (2,)" in message
     assert not logs.exists()
 
 

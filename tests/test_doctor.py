@@ -1,31 +1,41 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import requests
+from gymnasium import spaces
 
-from rpd_sb3 import doctor, vulkan
-from rpd_sb3.doctor import FAIL, OK, WARN, Finding
+from rpd_sb3 import doctor, teacher_check, vulkan
+from rpd_sb3.findings import FAIL, OK, WARN, Finding
+from rpd_sb3.teacher_check import check_teacher
+from tests.helpers import EchoTeacher
+from tests.serving_helpers import Running, serving
 
 REPO = Path(__file__).parent.parent
 
 
-class Health(BaseHTTPRequestHandler):
-    """A teacher server reduced to its health check."""
+class Pages(BaseHTTPRequestHandler):
+    """A server of fixed pages: path to status and content."""
 
-    status: ClassVar[int]
+    pages: ClassVar[dict[str, tuple[int, Any]]]
 
     def do_GET(self) -> None:
-        self.send_response(self.status if self.path == "/v2/health/ready" else 404)
-        self.send_header("Content-Length", "0")
+        status, content = self.pages.get(self.path, (404, {}))
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -33,14 +43,26 @@ class Health(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Health.status = 200
-    http = HTTPServer(("127.0.0.1", 0), Health)
+    Pages.pages = {"/v2/health/ready": (200, {})}
+    http = HTTPServer(("127.0.0.1", 0), Pages)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{http.server_port}"
     http.shutdown()
     thread.join()
     http.server_close()
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+def one(teacher: str) -> Finding:
+    """The only line about a teacher."""
+    (finding,) = check_teacher(teacher)
+    return finding
 
 
 def break_metadata(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
@@ -125,38 +147,124 @@ def test_renderer_that_hangs_fails_at_the_deadline(monkeypatch: pytest.MonkeyPat
     assert doctor.check_rendering() == Finding("SAPIEN renders", FAIL, "no answer after 0 s", "make vulkan")
 
 
-def test_ready_server_is_ok(server: str) -> None:
-    assert doctor.check_teacher(server).status == OK
-    assert doctor.check_teacher(f"{server}/").status == OK
+def test_a_service_tells_what_it_serves(service: Running) -> None:
+    found = one(service.url)
+    assert found == Finding(f"Teacher {service.url}", OK, "echo gives action; not asked anything yet")
+    assert one(f"{service.url}/") == found
 
 
-def test_server_that_is_loading_fails(server: str) -> None:
-    Health.status = 503
-    found = doctor.check_teacher(server)
-    assert (found.status, found.value) == (FAIL, "not ready: HTTP 503")
+def test_a_service_that_has_answered_tells_its_latency(service: Running) -> None:
+    inputs = [{"name": "state", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}]
+    requests.post(f"{service.url}/v2/models/teacher/infer", json={"inputs": inputs}, timeout=10).raise_for_status()
+    assert re.fullmatch(r"echo gives action; \d+\.\d ms per answer, mean of 1", one(service.url).value)
+
+
+def test_a_service_is_asked_without_proxies(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert one(service.url).status == OK
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "value"),
+    [
+        (None, FAIL, "it wants a token"),
+        ("wrong", FAIL, "the token of RPD_SB3_TOKEN is not its token"),
+        ("secret", OK, "echo gives action; not asked anything yet"),
+    ],
+)
+def test_the_token_is_shown(token: str | None, status: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RPD_SB3_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("RPD_SB3_TOKEN", token)
+    with serving(token="secret") as service:
+        assert one(service.url)[1:3] == (status, value)
+
+
+def test_replicas_have_a_line_each(service: Running) -> None:
+    with serving() as second:
+        found = check_teacher(f"{service.url},{second.url}")
+    assert [finding.name for finding in found] == [f"Teacher {service.url}", f"Teacher {second.url}"]
+    assert [finding.status for finding in found] == [OK, OK]
+
+
+def test_replicas_that_differ_fail(service: Running) -> None:
+    with serving(lambda: EchoTeacher(space=spaces.Discrete(2))) as second:
+        found = check_teacher(f"{service.url},{second.url}")
+    assert [finding.status for finding in found] == [OK, FAIL]
+    assert f"{service.url} serves something else" in found[1].value
+
+
+def test_another_version_of_the_protocol_fails(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_check, "PROTOCOL_VERSION", 99)
+    found = one(service.url)
+    assert (found.status, found.fix) == (FAIL, "install the same rpd_sb3 on both sides")
+
+
+@pytest.mark.parametrize(
+    ("content", "value", "fix"),
+    [
+        ({"state": "is loading", "failed": False}, "is loading", "wait; training does, too"),
+        ({"state": "failed: OSError: no file", "failed": True}, "failed: OSError: no file", "start it anew"),
+        (b"<html>", "not ready: HTTP 503", "curl -i .*/v2/health/ready"),
+    ],
+)
+def test_a_service_that_is_not_ready_fails_with_its_state(server: str, content: Any, value: str, fix: str) -> None:
+    Pages.pages["/v2/health/ready"] = (503, content)
+    found = one(server)
+    assert (found.status, found.value) == (FAIL, value)
+    assert re.fullmatch(fix, found.fix)
+
+
+@pytest.mark.parametrize("metadata", [{"parameters": None}, {"parameters": {"spec": 1}}, [], b"\xff"])
+def test_another_server_of_the_protocol_fails(server: str, metadata: Any) -> None:
+    Pages.pages["/v2/models/teacher"] = (200, metadata)
+    assert one(server)[1:3] == (FAIL, "no teacher service of rpd_sb3")
+
+
+def test_a_model_of_another_name_is_found(server: str) -> None:
+    Pages.pages["/v2/health/ready"] = (200, {"name": "octo"})
+    spec = {"name": "octo-small", "env_id": "PickCube-v1", "labels": ["action", "std"]}
+    Pages.pages["/v2/models/octo"] = (200, {"parameters": {"protocol_version": 1, "spec": spec}})
+    value = "octo-small for PickCube-v1 gives action, std; latency unknown"
+    assert one(server)[1:] == (OK, value, "train with --teacher-kwargs name:octo")
 
 
 def test_server_that_is_gone_fails_with_its_address() -> None:
-    http = HTTPServer(("127.0.0.1", 0), Health)
+    http = HTTPServer(("127.0.0.1", 0), Pages)
     http.server_close()
-    found = doctor.check_teacher(f"http://127.0.0.1:{http.server_port}")
+    found = one(f"http://127.0.0.1:{http.server_port}")
     assert found.status == FAIL
-    assert f"curl -i http://127.0.0.1:{http.server_port}/v2/health/ready" in found.fix
+    assert f"curl -i http://127.0.0.1:{http.server_port}" in found.fix
+
+
+@pytest.mark.parametrize("url", ["http://", "http://localhost:port", "http://nobody.invalid", "https:x"])
+def test_impossible_urls_fail(url: str) -> None:
+    assert one(url).status == FAIL
 
 
 def test_model_file_must_exist(tmp_path: Path) -> None:
     (tmp_path / "best_model.zip").touch()
-    assert doctor.check_teacher(f"sb3:{tmp_path}/best_model.zip").status == OK
-    assert doctor.check_teacher(f"sb3:{tmp_path}/best_model").status == OK
-    assert doctor.check_teacher(f"sb3:{tmp_path}/last_model").status == FAIL
+    assert one(f"sb3:{tmp_path}/best_model.zip").status == OK
+    assert one(f"sb3:{tmp_path}/best_model").status == OK
+    assert one(f"sb3:{tmp_path}/last_model").status == FAIL
 
 
 def test_unknown_teacher_names_the_closest() -> None:
-    assert doctor.check_teacher("scriptd").fix == "--teacher scripted"
+    assert one("scriptd").fix == "--teacher scripted"
 
 
 def test_scripted_teacher_is_always_there() -> None:
-    assert doctor.check_teacher("scripted").status == OK
+    assert one("scripted").status == OK
+
+
+def test_the_module_of_an_own_teacher_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_module.py").write_text("raise RuntimeError")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert one("own_module:Teacher")[1:] == (OK, f"in {tmp_path / 'own_module.py'}", "")
+    assert one("no_module:Teacher")[1:3] == (FAIL, "no module no_module")
+    assert one("own_package.inner:Teacher")[1:3] == (FAIL, "own_package.inner does not import: RuntimeError('broken')")
 
 
 @pytest.mark.parametrize(("file", "status"), [("model/octo_model.py", OK), ("main.py", WARN)])
@@ -177,12 +285,12 @@ def test_exit_code(status: str, code: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.main([]) == code
 
 
-def test_reports_without_any_package() -> None:
+def test_reports_without_any_package(service: Running) -> None:
     # -S: no site-packages, as on a machine where nothing is installed.
-    command = [sys.executable, "-S", "-m", "rpd_sb3.doctor", "--teacher", "scripted"]
+    command = [sys.executable, "-S", "-m", "rpd_sb3.doctor", "--teacher", service.url]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("torch")] == ["torch  fail  not installed  pip install 'torch'"]
-    assert "Teacher scripted  ok  part of the library" in lines
+    assert f"Teacher {service.url}  ok  echo gives action; not asked anything yet" in lines

@@ -168,6 +168,12 @@ def test_a_teacher_with_images_sees_them_at_its_size_and_is_told_what_to_do() ->
     teacher.close()
 
 
+def test_student_without_images_does_not_limit_the_size_of_the_teachers() -> None:
+    env = make_env("PushCube-v1", teacher=spec("images.human", image_sizes={"human": (64, 64)}))
+    assert env.observation_space["teacher/images.human"].shape == (64, 64, 3)
+    env.close()
+
+
 def test_the_teachers_wrapper_around_maniskill_passes_check_env() -> None:
     teacher = make_teacher("scripted", "PickCube-v1")
     env = TeacherWrapper(make_env("PickCube-v1", teacher=teacher.spec), teacher)
@@ -187,6 +193,8 @@ def test_the_teachers_wrapper_around_maniskill_passes_check_env() -> None:
         ({"teacher": spec("images.wrist")}, "the teacher asks for 'images.wrist', but env 'PickCube-v1'.*images.human"),
         ({"teacher": spec("privileged", env_id="PushCube-v1")}, "only knows env 'PushCube-v1', not 'PickCube-v1'"),
         ({"teacher": spec("privileged", control_mode="pd_joint_pos")}, "gives actions for control_mode='pd_joint_pos'"),
+        ({"teacher": spec("privileged", gripper="0..1")}, "gives gripper='0..1', but env 'PickCube-v1' takes '-1..1'"),
+        ({"teacher": spec("privileged", rotation="euler_xyz")}, "gives rotation='euler_xyz'.*takes 'axis_angle'"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 
 import gymnasium as gym
 import numpy as np
@@ -11,8 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from rpd_sb3.envs import TeacherWrapper, VecTeacher
-from rpd_sb3.teachers import TeacherError
+from rpd_sb3.envs import TeacherWrapper, VecTeacher, labels
+from rpd_sb3.teachers import Labels, Query, TeacherError, TeacherUnavailable
 from tests.helpers import ACTION_SPACE, CountingEnv, EchoTeacher, SilentTeacher
 
 
@@ -33,8 +34,8 @@ def test_label_belongs_to_the_observation_acted_on_across_resets(teacher_view: b
     for _ in range(20):
         acted_on = obs
         obs, _, dones, infos = act(venv)
-        labels = np.stack([np.asarray(info["teacher_action"]) for info in infos])
-        np.testing.assert_array_equal(labels, acted_on[:, 1:3])
+        given = np.stack([np.asarray(info["teacher_action"]) for info in infos])
+        np.testing.assert_array_equal(given, acted_on[:, 1:3])
         for env in np.flatnonzero(dones):
             assert infos[env]["terminal_observation"][2] == 3 + env, "the student's view of the last observation"
             assert obs[env][2] == 0
@@ -158,6 +159,71 @@ def test_skipped_labels_are_nan() -> None:
     venv = VecTeacher(make_venv(), SilentTeacher(), timeout=0.05, on_failure="skip")
     venv.reset()
     assert np.isnan(np.asarray(act(venv)[3][0]["teacher_action"])).all()
+
+
+class UnreachableTeacher(EchoTeacher):
+    """Answers the first time that it is asked ``tries`` times about the same."""
+
+    def __init__(self, tries: int) -> None:
+        super().__init__()
+        self.tries, self.numbers = tries, []
+
+    def submit(self, query: Query) -> Future[Labels]:
+        self.numbers.append(query.number)
+        if len(self.numbers) < self.tries:
+            failed: Future[Labels] = Future()
+            failed.set_exception(TeacherUnavailable("nobody there"))
+            return failed
+        return super().submit(query)
+
+
+def test_wait_asks_the_same_query_again_until_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "PAUSE", 0.0)
+    teacher = UnreachableTeacher(4)
+    venv = VecTeacher(make_venv(), teacher, on_failure="wait")
+    obs = venv.reset()
+    infos = act(venv)[3]
+    act(venv)  # the observation has changed since
+    np.testing.assert_array_equal([np.asarray(info["teacher_action"]) for info in infos], obs[:, 1:3])
+    assert teacher.numbers == [0, 1, 0, 0]
+
+
+def test_wait_has_a_limit() -> None:
+    venv = VecTeacher(make_venv(), UnreachableTeacher(99), on_failure="wait", patience=1e-9)
+    venv.reset()
+    info = act(venv)[3][0]
+    with pytest.raises(TeacherError, match="nobody there"):
+        np.asarray(info["teacher_action"])
+
+
+def test_wait_does_not_wait_for_what_cannot_pass() -> None:
+    venv = VecTeacher(make_venv(), EchoTeacher(lambda q: np.zeros((1, 2))), on_failure="wait")
+    venv.reset()
+    with pytest.raises(TeacherError, match="expected"):
+        venv.label()
+
+
+def test_gap_in_the_questions_is_a_fresh_start_for_a_teacher_with_a_memory() -> None:
+    teacher = EchoTeacher()
+    venv = VecTeacher(make_venv(1), teacher, wait=True)  # episodes of 3 steps
+    venv.reset()
+    for fraction in (1.0, 0.0, 1.0, 1.0, 1.0):
+        venv.set_label_fraction(fraction)
+        act(venv)
+    assert [query.episode_starts[0] for query in teacher.queries] == [True, True, True, False]
+
+
+def test_label_and_step_are_one_question_to_a_teacher_with_a_memory() -> None:
+    teacher = EchoTeacher()
+    object.__setattr__(teacher.spec, "stateful", True)
+    venv = VecTeacher(make_venv(), teacher, label_fraction=0.0)
+    venv.reset()
+    for _ in range(4):
+        answer = venv.label()["action"]
+        infos = act(venv)[3]
+        np.testing.assert_array_equal([np.asarray(info["teacher_action"]) for info in infos], answer)
+    starts = [query.episode_starts.tolist() for query in teacher.queries]
+    assert starts == [[True, True], [False, False], [False, False], [True, False]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import gymnasium as gym
@@ -13,9 +12,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
+from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import TeacherSpec
 
 VEC_ENVS = ("subproc", "dummy")
+MANISKILL_CONVENTIONS = {"gripper": "-1..1", "rotation": "axis_angle"}
+"""How the actions of a ManiSkill controller are meant, by field of TeacherSpec."""
 
 
 def make_env(
@@ -39,7 +41,7 @@ def make_env(
     :param obs: the student's view: ``state``, ``rgb`` or ``rgb+state`` [state]
     :param reward: ``sparse`` or ``dense`` [sparse]
     :param camera: ``human``, the paper's side view, or ``base``, ManiSkill's own [human]
-    :param image_size: side of the square image in pixels [256]
+    :param image_size: side of the square image in pixels [256, or the teacher's if that is smaller]
     :param on_success: ``terminate``, ``truncate`` or ``continue`` the episode [terminate]
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
     :param teacher: spec of the teacher whose inputs the observation shall carry under ``teacher/``
@@ -75,7 +77,7 @@ def make_env(
     view = maniskill.View(
         obs=obs or "state",
         camera=camera,
-        image_size=image_size or 256,
+        image_size=image_size or min(256, teacher_size[0] if teacher_size else 256),
         on_success=on_success or "terminate",
         teacher_inputs=inputs,
         teacher_image_size=None if teacher_size is None else teacher_size[0],
@@ -125,6 +127,12 @@ def check_teacher(spec: TeacherSpec | None, env_id: str, control_mode: str | Non
             f"teacher {spec.name!r} gives actions for control_mode={spec.control_mode!r}, "
             f"but env {env_id!r} has control_mode={control_mode!r}"
         )
+    for name, ours in MANISKILL_CONVENTIONS.items() if control_mode is not None else ():
+        theirs = getattr(spec, name)
+        if theirs not in (None, ours):
+            raise ValueError(
+                f"teacher {spec.name!r} gives {name}={theirs!r}, but env {env_id!r} takes {ours!r}; convert its actions"
+            )
 
 
 def check_env_id(env_id: str) -> None:
@@ -145,9 +153,7 @@ def check_env_id(env_id: str) -> None:
     if not maniskill and env_id in TASKS:
         raise ValueError(f"env {env_id!r} needs ManiSkill, which is not installed: pip install 'rpd_sb3[maniskill]'")
     known = sorted(set(maniskill) | set(gym.registry))
-    hint = get_close_matches(env_id, known, n=1)
-    closest = f"; did you mean {hint[0]!r}?" if hint else ""
-    raise ValueError(f"env {env_id!r} is unknown to ManiSkill and Gymnasium{closest}")
+    raise ValueError(f"env {env_id!r} is unknown to ManiSkill and Gymnasium{closest(env_id, known)}")
 
 
 def make_vec_env(

@@ -6,14 +6,27 @@ import logging
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.teachers.base import Labels, TeacherError, TeacherSpec
+from rpd_sb3.teachers.base import Labels, Query, Teacher, TeacherError, TeacherSpec, TeacherUnavailable
 
 logger = logging.getLogger(__name__)
-ON_FAILURE = ("raise", "skip")
+ON_FAILURE = ("raise", "wait", "skip")
+PAUSE = 1.0
+"""Seconds between questions to a teacher that may come back."""
+
+
+class Failure(NamedTuple):
+    """What to do about a teacher that does not answer."""
+
+    mode: str
+    """``raise`` a TeacherError; ``wait`` and ask again while the failure may pass; ``skip``: the labels are NaN."""
+    timeout: float
+    """Seconds to wait for one answer once somebody needs it."""
+    patience: float
+    """Seconds for which ``wait`` asks again before it raises."""
 
 
 def check_label_fraction(fraction: float) -> float:
@@ -50,52 +63,73 @@ def check_labels(labels: Labels, spec: TeacherSpec, n: int) -> Labels:
 
 
 class PendingLabels:
-    """The answer to one query, checked when it is first looked at.
+    """The answer to one query, which is asked at once and checked when it is first looked at.
 
-    :param future: what ``Teacher.submit`` returned
-    :param spec: of the teacher
-    :param n: number of questions
-    :param timeout: seconds to wait for the answer once somebody needs it
-    :param on_failure: ``raise`` a TeacherError, or ``skip``: the labels are NaN and count as missing
+    :param teacher: who answers
+    :param query: n questions; nobody else writes to its arrays
+    :param failure: what to do without an answer
     """
 
-    def __init__(self, future: Future[Labels], spec: TeacherSpec, n: int, timeout: float, on_failure: str) -> None:
+    def __init__(self, teacher: Teacher, query: Query, failure: Failure) -> None:
         self.latency: float | None = None
-        self._spec, self._n, self._timeout, self._on_failure = spec, n, timeout, on_failure
+        self._teacher, self._failure = teacher, failure
+        self._query: Query | None = query
+        self._spec, self._n = teacher.spec, len(query.env_ids)
         self._labels: Labels | None = None
         self._skipped = False
+        self._ask()
+
+    def _ask(self) -> None:
         asked = time.monotonic()
 
-        def note_latency(_: Future[Labels]) -> None:
+        def answered(future: Future[Labels]) -> None:
             self.latency = time.monotonic() - asked
+            if future.cancelled() or future.exception() is None or self._failure.mode != "wait":
+                self._query = None  # a rollout of images would not fit into memory
 
-        self._future = future
-        future.add_done_callback(note_latency)
+        assert self._query is not None, "asked again after an answer"
+        self._future = self._teacher.submit(self._query)
+        self._future.add_done_callback(answered)
 
     def get(self) -> Labels | None:
         """The labels, or None if they were skipped.
 
-        :raises TeacherError: if the answer is late or unusable and ``on_failure`` is ``raise``
+        :raises TeacherError: if the answer is late or unusable, and is not to be skipped
         """
-        if self._labels is None and not self._skipped:
+        until = time.monotonic() + self._failure.patience
+        pause = 0.0  # the failure may be long past, and the teacher back
+        while self._labels is None and not self._skipped:
             try:
                 self._labels = check_labels(self._answer(), self._spec, self._n)
+            except TeacherUnavailable as error:
+                if self._failure.mode != "wait" or time.monotonic() > until:
+                    self._give_up(error)
+                else:
+                    logger.warning("waiting for the teacher: %s", error)
+                    time.sleep(pause)
+                    pause = PAUSE
+                    self._ask()
             except TeacherError as error:
-                if self._on_failure == "raise":
-                    raise
-                logger.warning("labels skipped: %s", error)
-                self._skipped = True
+                self._give_up(error)
         return self._labels
+
+    def _give_up(self, error: TeacherError) -> None:
+        if self._failure.mode != "skip":
+            raise error
+        logger.warning("labels skipped: %s", error)
+        self._skipped = True
 
     def _answer(self) -> Labels:
         try:
-            return self._future.result(timeout=self._timeout)
+            return self._future.result(timeout=self._failure.timeout)
         except TeacherError:
             raise
         except FutureTimeoutError as error:
             if self._future.done():
                 raise TeacherError(f"teacher {self._spec.name!r} failed: {error!r}") from error
-            raise TeacherError(f"teacher {self._spec.name!r} gave no answer within {self._timeout} s") from error
+            raise TeacherUnavailable(
+                f"teacher {self._spec.name!r} gave no answer within {self._failure.timeout} s"
+            ) from error
         except Exception as error:
             raise TeacherError(f"teacher {self._spec.name!r} failed: {error!r}") from error
 

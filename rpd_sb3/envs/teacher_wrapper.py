@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rpd_sb3.envs.labels import PendingLabels, check_label_fraction
+from rpd_sb3.envs.labels import Failure, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
@@ -21,12 +21,24 @@ class TeacherWrapper(gym.Wrapper):
     :param teacher: who labels
     :param instruction: for teachers that want one; None: the environment's attribute ``instruction``
     :param timeout: seconds to wait for an answer
+    :param on_failure: what to do without one: ``raise`` a TeacherError, or ``wait`` and ask again while the teacher may come
+        back
+    :param patience: seconds for which ``wait`` waits before it raises
     :raises ValueError: if teacher and environment do not fit
     """
 
     def __init__(
-        self, env: gym.Env, teacher: Teacher, *, instruction: str | None = None, timeout: float = 60.0
+        self,
+        env: gym.Env,
+        teacher: Teacher,
+        *,
+        instruction: str | None = None,
+        timeout: float = 60.0,
+        on_failure: str = "raise",
+        patience: float = 600.0,
     ) -> None:
+        if on_failure not in ("raise", "wait"):
+            raise ValueError(f"TeacherWrapper: on_failure={on_failure!r} is unknown; choose raise or wait")
         check_spec(teacher.spec, env.observation_space, env.action_space)
         super().__init__(env)
         if instruction is None and env.has_wrapper_attr("instruction"):
@@ -36,11 +48,12 @@ class TeacherWrapper(gym.Wrapper):
         self.n_labels = 0
         """Labels asked for so far."""
         self.label_fraction = 1.0
-        self._timeout = timeout
+        self._failure = Failure(on_failure, timeout, patience)
+        self._n_queries = 0
         self._rng = np.random.default_rng(0)
         self._student_keys = student_keys(env.observation_space)
         self._inputs: dict[str, np.ndarray] = {}
-        self._episode_start = True
+        self._fresh = True
         self.observation_space = student_space(env.observation_space)
 
     def label_names(self) -> frozenset[str]:
@@ -56,14 +69,14 @@ class TeacherWrapper(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
-        self._episode_start = True
+        self._fresh = True
         return self._split(obs), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         asked = self.label_fraction == 1.0 or self._rng.random() < self.label_fraction
         labels = self.label(action) if asked else {}
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self._episode_start = False
+        self._fresh = not asked  # a teacher's memory has a gap where it was not asked
         info = info | {f"teacher_{name}": value[0] for name, value in labels.items()}
         return self._split(obs), reward, terminated, truncated, info
 
@@ -78,11 +91,13 @@ class TeacherWrapper(gym.Wrapper):
         query = Query(
             inputs=self._inputs | extra,
             env_ids=np.zeros(1, dtype=int),
-            episode_starts=np.array([self._episode_start]),
+            episode_starts=np.array([self._fresh]),
             actions=None if action is None else np.asarray(action)[None],
+            number=self._n_queries,
         )
+        self._n_queries += 1
         self.n_labels += 1
-        labels = PendingLabels(self.teacher.submit(query), self.teacher.spec, 1, self._timeout, "raise").get()
+        labels = PendingLabels(self.teacher, query, self._failure).get()
         assert labels is not None
         return labels
 

@@ -8,8 +8,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from rpd_sb3.envs.labels import ON_FAILURE, LazyLabel, PendingLabels, check_label_fraction
-from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
+from rpd_sb3.envs.labels import ON_FAILURE, Failure, LazyLabel, PendingLabels, check_label_fraction
+from rpd_sb3.envs.views import check_spec, find_instructions, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
 
 
@@ -27,7 +27,9 @@ class VecTeacher(VecEnvWrapper):
     :param instruction: for teachers that want one; None: each environment's attribute ``instruction``
     :param label_fraction: share of transitions to label, drawn at random; the others carry no label
     :param timeout: seconds to wait for an answer
-    :param on_failure: ``raise`` a TeacherError, or ``skip`` the labels of that step (they become NaN)
+    :param on_failure: what to do without one: ``raise`` a TeacherError, ``wait`` and ask again while the teacher may come
+        back, or ``skip`` the labels of that step (they become NaN)
+    :param patience: seconds for which ``wait`` waits before it raises
     :param wait: give plain arrays instead of lazy values
     :param seed: of the draw behind ``label_fraction``
     :raises ValueError: if teacher and environments do not fit
@@ -42,6 +44,7 @@ class VecTeacher(VecEnvWrapper):
         label_fraction: float = 1.0,
         timeout: float = 60.0,
         on_failure: str = "raise",
+        patience: float = 600.0,
         wait: bool = False,
         seed: int = 0,
     ) -> None:
@@ -49,19 +52,22 @@ class VecTeacher(VecEnvWrapper):
         super().__init__(venv, observation_space=student_space(venv.observation_space))
         if on_failure not in ON_FAILURE:
             raise ValueError(f"VecTeacher: on_failure={on_failure!r} is unknown; choose one of {', '.join(ON_FAILURE)}")
-        if timeout <= 0:
-            raise ValueError(f"VecTeacher: timeout={timeout} must be positive (seconds)")
-        found = venv.get_attr("instruction") if instruction is None and venv.has_attr("instruction") else [instruction]
-        self._instructions = check_instructions(teacher.spec, found * (venv.num_envs // len(found)))
+        for key, seconds in (("timeout", timeout), ("patience", patience)):
+            if seconds <= 0:
+                raise ValueError(f"VecTeacher: {key}={seconds} must be positive (seconds)")
+        self._instructions = find_instructions(teacher.spec, venv, instruction)
         self.teacher = teacher
         self.n_labels = 0
         """Labels asked for so far."""
-        self._timeout, self._on_failure, self._wait = timeout, on_failure, wait
+        self._failure = Failure(on_failure, timeout, patience)
+        self._wait = wait
+        self._n_queries = 0
         self._rng = np.random.default_rng(seed)
         self._student_keys = student_keys(venv.observation_space)
         self._inputs: dict[str, np.ndarray] = {}
-        self._episode_starts = np.ones(self.num_envs, dtype=bool)
+        self._fresh = np.ones(self.num_envs, dtype=bool)
         self._pending: PendingLabels | None = None
+        self._looked: PendingLabels | None = None  # the answer of label() for the current observations
         self._asked = np.zeros(0, dtype=int)
         self.set_label_fraction(label_fraction)
 
@@ -79,13 +85,20 @@ class VecTeacher(VecEnvWrapper):
 
     def reset(self) -> VecEnvObs:
         obs = self.venv.reset()
-        self._episode_starts = np.ones(self.num_envs, dtype=bool)
+        self._fresh = np.ones(self.num_envs, dtype=bool)
+        self._looked = None
         return self._split(obs)
 
     def step_async(self, actions: np.ndarray) -> None:
         self.venv.step_async(actions)
         self._asked = self._draw()
-        self._pending = self._submit(self._asked, actions) if len(self._asked) else None
+        if self._looked is not None and self.teacher.spec.stateful:  # to ask again would be one step in its memory
+            self._pending = self._looked
+            self._asked = np.arange(self.num_envs)
+        else:
+            self._pending = self._submit(self._asked, actions) if len(self._asked) else None
+        self._known = np.isin(np.arange(self.num_envs), self._asked) | (self._looked is not None)
+        self._looked = None
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
@@ -99,7 +112,7 @@ class VecTeacher(VecEnvWrapper):
                 for name in self.teacher.spec.labels:
                     label: Any = LazyLabel(self._pending, name, row)
                     infos[env][f"teacher_{name}"] = np.asarray(label) if self._wait else label
-        self._episode_starts = np.asarray(dones, dtype=bool)
+        self._fresh = np.asarray(dones, dtype=bool) | ~self._known
         return self._split(obs), rewards, dones, infos
 
     def label(self) -> Labels:
@@ -108,7 +121,7 @@ class VecTeacher(VecEnvWrapper):
         :return: label name to ``(N, ...)``
         :raises TeacherError: if the answer is late or unusable
         """
-        pending = self._submit(np.arange(self.num_envs), None)
+        pending = self._looked = self._submit(np.arange(self.num_envs), None)
         labels = pending.get()
         if labels is None:
             labels = {
@@ -127,15 +140,17 @@ class VecTeacher(VecEnvWrapper):
         return np.flatnonzero(self._rng.random(self.num_envs) < self.label_fraction)
 
     def _submit(self, rows: np.ndarray, actions: np.ndarray | None) -> PendingLabels:
-        inputs = {name: value[rows] for name, value in self._inputs.items()}
+        everybody = len(rows) == self.num_envs
+        inputs = {name: value if everybody else value[rows] for name, value in self._inputs.items()}
         if self._instructions is not None:
             inputs["instruction"] = self._instructions[rows]
         query = Query(
             inputs=inputs,
             env_ids=rows,
-            episode_starts=self._episode_starts[rows],
+            episode_starts=self._fresh[rows],
             actions=None if actions is None else np.array(actions)[rows],
+            number=self._n_queries,
         )
+        self._n_queries += 1
         self.n_labels += len(rows)
-        spec = self.teacher.spec
-        return PendingLabels(self.teacher.submit(query), spec, len(rows), self._timeout, self._on_failure)
+        return PendingLabels(self.teacher, query, self._failure)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.teachers.base import TEACHER_PREFIX, TeacherSpec
 
@@ -85,12 +86,23 @@ def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space:
 
     :raises ValueError: naming the first thing that does not fit
     """
+    if not _same_actions(spec.action_space, action_space):
+        raise ValueError(
+            f"teacher {spec.name!r} gives actions of {spec.action_space}, but the environment takes {action_space}; "
+            "choose the teacher made for this environment and control mode, or rescale the actions"
+        )
     given = teacher_spaces(observation_space)
     for name in spec.inputs:
         if name != "instruction" and name not in given:
             raise ValueError(
                 f"teacher {spec.name!r} needs the input {name!r}, but the environment shows it {sorted(given)}; "
                 f"add it to the observation as {TEACHER_PREFIX + name!r}"
+            )
+    for name, shape in spec.input_shapes.items():
+        if name in given and given[name].shape != tuple(shape):
+            raise ValueError(
+                f"teacher {spec.name!r} needs the input {name!r} of shape {tuple(shape)}, "
+                f"but the environment gives {given[name].shape}"
             )
     for camera, size in spec.image_sizes.items():
         space = given.get(f"images.{camera}")
@@ -99,11 +111,6 @@ def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space:
                 f"teacher {spec.name!r} needs images of {size[0]}x{size[1]} pixels from camera {camera!r}, "
                 f"but the environment gives {space.shape[0]}x{space.shape[1]}; set image_size"
             )
-    if not _same_actions(spec.action_space, action_space):
-        raise ValueError(
-            f"teacher {spec.name!r} gives actions of {spec.action_space}, but the environment takes {action_space}; "
-            "choose the teacher made for this environment and control mode, or rescale the actions"
-        )
 
 
 def check_instructions(spec: TeacherSpec, instructions: Sequence[str | None]) -> np.ndarray | None:
@@ -118,6 +125,19 @@ def check_instructions(spec: TeacherSpec, instructions: Sequence[str | None]) ->
             f"teacher {spec.name!r} needs an instruction, but the environment has none: give it as instruction='...'"
         )
     return np.array(instructions)
+
+
+def find_instructions(spec: TeacherSpec, venv: VecEnv, instruction: str | None) -> np.ndarray | None:
+    """The instructions of all environments (N,); None if the teacher does not want any.
+
+    :param instruction: for all of them; None: each environment's attribute ``instruction``
+    :raises ValueError: if the teacher wants them, and an environment has none
+    """
+    if "instruction" not in spec.inputs:
+        return None
+    if instruction is None and venv.has_attr("instruction"):
+        return check_instructions(spec, venv.get_attr("instruction"))
+    return check_instructions(spec, [instruction] * venv.num_envs)
 
 
 def _same_actions(a: spaces.Space, b: spaces.Space) -> bool:

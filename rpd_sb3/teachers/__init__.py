@@ -1,6 +1,15 @@
 """Teachers: who can tell what it would have done."""
 
-from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, Teacher, TeacherError, TeacherSpec
+from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, Teacher, TeacherError, TeacherSpec, TeacherUnavailable
 from rpd_sb3.teachers.registry import make_teacher
 
-__all__ = ["Labels", "LocalTeacher", "Query", "Teacher", "TeacherError", "TeacherSpec", "make_teacher"]
+__all__ = [
+    "Labels",
+    "LocalTeacher",
+    "Query",
+    "Teacher",
+    "TeacherError",
+    "TeacherSpec",
+    "TeacherUnavailable",
+    "make_teacher",
+]

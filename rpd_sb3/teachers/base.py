@@ -5,10 +5,11 @@ Shape letters: N queries in a batch, A action dimensions, S state values, H and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Dict, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium import spaces
@@ -16,12 +17,24 @@ from gymnasium import spaces
 TEACHER_PREFIX = "teacher/"
 """Observation keys with this prefix are the teacher's view; the student never sees them."""
 
-Labels = dict[str, np.ndarray]
+Labels = Dict[str, np.ndarray]
 """Label name (``action``, ``std``, ``logits``, ...) to an array whose first dimension is N."""
 
 
 class TeacherError(RuntimeError):
     """The teacher gave no answer, or an answer that cannot be used."""
+
+
+class TeacherUnavailable(TeacherError):
+    """No answer this time; the same question may be answered later.
+
+    :param message: what happened
+    :param retry_after: seconds that the teacher asks for; 0: it did not say
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Query(NamedTuple):
@@ -35,9 +48,13 @@ class Query(NamedTuple):
     env_ids: np.ndarray
     """(N,) int: which environment asks."""
     episode_starts: np.ndarray
-    """(N,) bool: True where this is the first observation of an episode."""
+    """(N,) bool: True where a teacher with a memory starts afresh: at the first observation of an episode, and where the
+    observation before was not asked about."""
     actions: np.ndarray | None = None
     """(N, ...) what the student does there, for teachers that score it; None when nobody acted."""
+    number: int | None = None
+    """Counts the queries of one asker, so that a teacher with a memory knows a question that is repeated; None: it
+    is never repeated."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,16 @@ class TeacherSpec:
     """The only environment that the teacher knows; None: any."""
     stateful: bool = False
     """True if answers depend on earlier queries of the same environment."""
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Input name to the shape of one query; inputs that are not listed may have any."""
+    n_bins: int | None = None
+    """Bins of each action dimension, where the teacher has ``logits``."""
+    gripper: str | None = None
+    """``-1..1`` (closed to open, ManiSkill's) or ``0..1`` (OpenVLA's and Octo's); None: no gripper, or not known."""
+    rotation: str | None = None
+    """How the action turns the hand, e.g. ``axis_angle`` (ManiSkill's) or ``euler_xyz``; None: not known."""
+    unnorm_key: str | None = None
+    """Dataset whose statistics un-normalise the actions; None: there is no such choice."""
 
 
 @runtime_checkable
@@ -93,4 +120,7 @@ class LocalTeacher:
         return self._executor.submit(self.label, query)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        if sys.version_info >= (3, 9):
+            self._executor.shutdown(wait=False, cancel_futures=True)
+        else:
+            self._executor.shutdown(wait=False)

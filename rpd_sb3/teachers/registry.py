@@ -1,40 +1,71 @@
-"""Teachers by the name that they go by on the command line."""
+"""Teachers by the name that they go by on the command line. Each is imported when it is asked for."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from difflib import get_close_matches
 from typing import Any
 
-from rpd_sb3.teachers.base import Teacher
-from rpd_sb3.teachers.sb3_policy import SB3Teacher, load_sb3_model
-from rpd_sb3.teachers.scripted import ScriptedTeacher
+from rpd_sb3.names import closest
+from rpd_sb3.teachers.base import Teacher, TeacherSpec
 
-TEACHERS = ("scripted", "sb3:FILE")
+TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, or ``sb3:FILE`` for a saved SB3 policy
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, the URLs of the replicas of a teacher service, or
+        ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor
     :raises ValueError: for an unknown teacher, a missing file or an argument that the teacher does not have
+    :raises TypeError: if an argument that it needs is missing
+    :raises TeacherError: if a teacher service does not answer
     """
     kind, _, rest = name.partition(":")
     if kind == "scripted" and not rest:
+        from rpd_sb3.teachers.scripted import ScriptedTeacher
+
         _check_arguments(ScriptedTeacher, name, kwargs, given=1)
         return ScriptedTeacher(env_id, **kwargs)
     if kind == "sb3" and rest:
+        from rpd_sb3.teachers.sb3_policy import SB3Teacher, load_sb3_model
+
         _check_arguments(SB3Teacher, name, kwargs, given=2)
         return SB3Teacher(load_sb3_model(rest), name, **kwargs)
+    if kind in ("http", "https"):
+        from rpd_sb3.teachers.client import RemoteTeacher
+
+        _check_arguments(RemoteTeacher, name, kwargs, given=1)
+        return RemoteTeacher(name.split(","), **kwargs)
+    if all(part.isidentifier() for part in [*kind.split("."), rest]):
+        return _make_own(name, kind, rest, kwargs)
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
 
 
+def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teacher:
+    try:
+        names = vars(importlib.import_module(module))
+    except ImportError as error:
+        raise ValueError(f"teacher {name!r}: module {module!r} cannot be imported: {error}") from error
+    if cls not in names:
+        raise ValueError(f"teacher {name!r}: module {module!r} has no {cls!r}{closest(cls, names)}")
+    if not (inspect.isclass(names[cls]) and callable(getattr(names[cls], "submit", None))):
+        raise ValueError(f"teacher {name!r} is no teacher: expected a class with spec, submit() and close()")
+    _check_arguments(names[cls], name, kwargs, given=0)
+    teacher: Teacher = names[cls](**kwargs)
+    if not isinstance(getattr(teacher, "spec", None), TeacherSpec):
+        raise ValueError(f"teacher {name!r} has no spec: its constructor must set self.spec to a TeacherSpec")
+    return teacher
+
+
 def _check_arguments(teacher: type, name: str, kwargs: dict[str, Any], given: int) -> None:
-    known = list(inspect.signature(teacher).parameters)[given:]
+    parameters = list(inspect.signature(teacher).parameters.values())[given:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
     for key in kwargs:
         if key not in known:
-            hint = get_close_matches(key, known, n=1)
-            closest = f"; did you mean {hint[0]!r}?" if hint else ""
-            raise ValueError(f"teacher {name!r} has no argument {key!r} (it has {', '.join(known) or 'none'}){closest}")
+            has = ", ".join(known) or "none"
+            raise ValueError(f"teacher {name!r} has no argument {key!r} (it has {has}){closest(key, known)}")

@@ -58,7 +58,15 @@ class SB3Teacher(LocalTeacher):
         if image:
             height = 1 if is_image_space_channels_first(space) else 0
             sizes = {camera: (space.shape[height], space.shape[height + 1])}
-        self.spec = TeacherSpec(name, frozenset({"action"}), inputs, model.action_space, image_sizes=sizes)
+        given = space.spaces if isinstance(space, spaces.Dict) else {inputs[0]: space}
+        self.spec = TeacherSpec(
+            name,
+            frozenset({"action"}),
+            inputs,
+            model.action_space,
+            image_sizes=sizes,
+            input_shapes={key: tuple(s.shape or ()) for key, s in given.items() if not key.startswith("images.")},
+        )
 
     def label(self, query: Query) -> Labels:
         obs: Any = dict(query.inputs) if self._single is None else query.inputs[self._single]

@@ -6,14 +6,15 @@ Shape letters: N queries in a batch, A = 7 action dimensions, S privileged value
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import numpy as np
 from gymnasium import spaces
 
+from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.experts import EXPERTS
 from rpd_sb3.teachers.motion import unpack
+from rpd_sb3.teachers.privileged import SIZE
 
 ACTION_SIZE = 7  # xyz, rotation, gripper
 
@@ -43,9 +44,8 @@ class ScriptedTeacher(LocalTeacher):
     ) -> None:
         super().__init__()
         if env_id not in EXPERTS:
-            closest = get_close_matches(env_id, EXPERTS, n=1)
-            hint = f"; did you mean {closest[0]!r}?" if closest else ""
-            raise ValueError(f"no scripted expert for env {env_id!r}, only for {', '.join(sorted(EXPERTS))}{hint}")
+            known = ", ".join(sorted(EXPERTS))
+            raise ValueError(f"no scripted expert for env {env_id!r}, only for {known}{closest(env_id, EXPERTS)}")
         if not (np.isfinite(noise) and noise >= 0):
             raise ValueError(f"noise={noise} must be a finite std >= 0")
         if not 0 <= dropout <= 1:
@@ -61,6 +61,9 @@ class ScriptedTeacher(LocalTeacher):
             action_space=spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32),
             control_mode="pd_ee_delta_pose",
             env_id=env_id,
+            input_shapes={"privileged": (SIZE,)},
+            gripper="-1..1",
+            rotation="axis_angle",
         )
 
     def label(self, query: Query) -> Labels:
