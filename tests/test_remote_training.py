@@ -96,7 +96,7 @@ def test_server_that_stays_away_ends_training_with_a_sentence() -> None:
     server = start_server(port)
     try:
         wait_for(lambda: is_ready(f"http://127.0.0.1:{port}"))
-        with pytest.raises(TeacherError, match=rf"teacher at http://127.0.0.1:{port}: (.*refused|.*reset|.*closed)"):
+        with pytest.raises(TeacherError, match=f"teacher at http://127.0.0.1:{port}: "):
             train(port, KillAndRestart(server, port, restart=False), "raise")
     finally:
         server.kill()

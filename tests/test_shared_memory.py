@@ -521,6 +521,20 @@ def test_memory_is_freed_with_the_last_mapping(shm: Path) -> None:
     assert not mapped()
 
 
+def test_no_file_stays_open(shm: Path) -> None:
+    def n_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = n_open()
+    key, region = create(100)
+    other = attach(key, 0, 100)
+    with pytest.raises(SharedMemoryError, match="has 100 bytes, not 101"):
+        attach(key, 0, 101)
+    assert sweep() == []
+    del region, other
+    assert n_open() == before
+
+
 class ImageTeacher(EchoTeacher):
     """Its action is the first two values of the image; ``python -m rpd_sb3.serve`` can load it."""
 

@@ -85,6 +85,7 @@ class RayJob:
             serve.shutdown()
 
     def _start_serve(self) -> None:
+        import ray
         from ray import serve
 
         busy = serve.status()
@@ -101,8 +102,9 @@ class RayJob:
                 http_options={"host": self.args.host, "port": self.port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
-        except RuntimeError as error:  # it has waited until the proxy listens
-            raise OSError(f"{reason(str(error))} Choose another --port, free on the cluster's head node") from error
+        except ray.exceptions.RayError as error:  # it has waited until the proxy listens
+            place = f"{self.args.host}:{self.port}, on the cluster's head node"
+            raise OSError(f"Ray's HTTP proxy cannot start at {place}: {reason(str(error))}") from error
 
     def _deploy(self, load: Callable[[], Teacher]) -> None:
         from ray import serve
@@ -149,14 +151,15 @@ def join(cluster: str | None) -> None:
 
     :param cluster: its address; None: start one on this machine, closed to others
     :raises ValueError: if Ray is missing
-    :raises OSError: if there is no such cluster
+    :raises OSError: if there is no such cluster, or Ray does not start
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster is None:  # Ray reads these when it is imported
         # Ray's own ports listen at 127.0.0.1 only, on Linux too.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # An HTTP proxy that died is back after 10 s instead of 30 s, as measured.
+        # An HTTP proxy that died is back after 10 s instead of 30 s, as measured; one that is slow to start is not killed.
         os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     try:
         import ray
         import ray.serve
@@ -169,9 +172,12 @@ def join(cluster: str | None) -> None:
             socket.create_connection((host, int(port)), CLUSTER_PATIENCE).close()  # Ray itself would try for minutes
         with signals_kept():
             ray.init(cluster or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except OSError as error:
-        hint = "; if it wants a token, set RAY_AUTH_MODE=token" if isinstance(error, ConnectionError) else ""
-        raise OSError(f"no Ray cluster at RAY_ADDRESS={cluster}: {error}{hint}") from error
+    except Exception as error:  # a bare one if Ray's processes are not there within 30 s
+        if cluster is None:
+            raise OSError(f"Ray does not start: {error}") from error
+        raise OSError(
+            f"cannot join the Ray cluster RAY_ADDRESS={cluster}: {error}; if it wants a token, set RAY_AUTH_MODE=token"
+        ) from error
 
 
 @contextmanager
