@@ -276,6 +276,13 @@ def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
         VecTeacher(make_venv(), EchoTeacher(), **kwargs)
 
 
+def test_labels_of_a_teacher_with_a_memory_cannot_be_skipped() -> None:
+    teacher = EchoTeacher()
+    object.__setattr__(teacher.spec, "stateful", True)
+    with pytest.raises(ValueError, match="on_failure='skip' would leave gaps in the memory of teacher 'echo'"):
+        VecTeacher(make_venv(), teacher, on_failure="skip")
+
+
 def test_teacher_wrapper_passes_check_env() -> None:
     check_env(TeacherWrapper(CountingEnv(teacher_view=True), EchoTeacher()), warn=True)
 

@@ -55,6 +55,11 @@ class VecTeacher(VecEnvWrapper):
         for key, seconds in (("timeout", timeout), ("patience", patience)):
             if seconds <= 0:
                 raise ValueError(f"VecTeacher: {key}={seconds} must be positive (seconds)")
+        if on_failure == "skip" and teacher.spec.stateful:
+            raise ValueError(
+                f"VecTeacher: on_failure='skip' would leave gaps in the memory of teacher {teacher.spec.name!r}; "
+                "choose raise or wait"
+            )
         self._instructions = find_instructions(teacher.spec, venv, instruction)
         self.teacher = teacher
         self.n_labels = 0

@@ -34,7 +34,7 @@ class Engine:
     """Loads a teacher and answers queries in batches, all in one thread.
 
     A batch is run when it is full, when every client that was active within the last second has asked, or when its
-    first query has waited for ``max_wait``. So a lone client never waits.
+    first query has waited for ``max_wait`` with the teacher free. So a lone client never waits.
 
     :param load: makes the teacher
     :param max_batch: rows of one call of the teacher
@@ -154,13 +154,15 @@ class Engine:
 
     def _next_batch(self) -> bool:
         """Wait for queries, and take some; False when closing and all are answered."""
+        free = time.monotonic()
         with self._wake:
             while not self._queue:
                 if self._closing:
                     return False
                 self._wake.wait()
             wait = max(0.005, self._last_batch / 4) if self.max_wait is None else self.max_wait
-            until = self._queue[0].arrived + wait
+            # Not from its arrival during the last batch: two groups of clients would take turns for ever, each half a batch.
+            until = max(self._queue[0].arrived, free) + wait
             while not self._closing and not self._complete() and (left := until - time.monotonic()) > 0:
                 self._wake.wait(left)
             self._batch = self._take_batch()
