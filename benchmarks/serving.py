@@ -96,7 +96,9 @@ def serve(input_name: str, seconds: float) -> None:
     engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics("teacher"))
     listener = bind("127.0.0.1", 0)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(make_app(Service(engine, "teacher")), log_level="warning")).run([listener])
+    uvicorn.Server(uvicorn.Config(make_app(Service(engine, "teacher")), log_level="warning", access_log=False)).run(
+        [listener]
+    )
 
 
 def per_second(work: Callable[[], Any], n: int) -> float:

@@ -23,6 +23,17 @@ CLUSTER_PATIENCE = 10.0
 """Seconds for the cluster to take a connection."""
 POLL = 1.0
 """Seconds between two looks at the cluster."""
+LOCAL_SETTINGS = {
+    # Ray's own ports listen at 127.0.0.1 only, on Linux too.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Replicas get their share of a CPU that students use as well: Ray's default is 15.
+    "RAY_worker_niceness": "0",
+    # An HTTP proxy that died is back after 10 s instead of 30 s, as measured.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # One that is slow to start is not killed for it after 5 s.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""Environment variables for a Ray that is started here."""
 
 
 class RayJob:
@@ -37,7 +48,7 @@ class RayJob:
     def __init__(self, args: argparse.Namespace, load: Callable[[], Teacher]) -> None:
         self.args = args
         self._ours = False
-        self._cluster = cluster = os.environ.get("RAY_ADDRESS")
+        cluster = os.environ.get("RAY_ADDRESS")
         if cluster and not args.port:
             raise ValueError(f"--port 0 is for one machine; choose a number for the cluster RAY_ADDRESS={cluster}")
         self.port = args.port if cluster else free_port(args.host, args.port)
@@ -70,19 +81,12 @@ class RayJob:
             return
         with redirect_stdout(None):  # Ray prints that its controller, which it has killed itself, failed
             if self._ours:
-                ending = threading.Thread(target=self._end_serve, daemon=True)
+                ending = threading.Thread(target=end_serve, daemon=True)
                 ending.start()
                 # A signal to the whole process group ends Ray too, and asking a cluster that is gone takes a minute.
                 while ending.is_alive() and cluster_is_up():
                     ending.join(POLL / 2)
             ray.shutdown()
-
-    def _end_serve(self) -> None:
-        from ray import serve
-
-        serve.delete(APP)
-        if self._cluster:
-            serve.shutdown()
 
     def _start_serve(self) -> None:
         import ray
@@ -153,13 +157,9 @@ def join(cluster: str | None) -> None:
     :raises ValueError: if Ray is missing
     :raises OSError: if there is no such cluster, or Ray does not start
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if cluster is None:  # Ray reads these when it is imported
-        # Ray's own ports listen at 127.0.0.1 only, on Linux too.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # An HTTP proxy that died is back after 10 s instead of 30 s, as measured; one that is slow to start is not killed.
-        os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    settings = LOCAL_SETTINGS if cluster is None else {}
+    for key, value in {"RAY_USAGE_STATS_ENABLED": "0", **settings}.items():
+        os.environ.setdefault(key, value)  # Ray reads them when it is imported
     try:
         import ray
         import ray.serve
@@ -189,6 +189,14 @@ def signals_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def end_serve() -> None:
+    """Answer what was accepted, and end Ray Serve."""
+    from ray import serve
+
+    serve.delete(APP)  # waits for the answers, which shutdown does not
+    serve.shutdown()
 
 
 def check_room(replicas: int) -> None:

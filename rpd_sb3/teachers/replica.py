@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 WORTH_SHARING = 2**16
 """Bytes of a query below which shared memory saves nothing."""
 MAX_BACKOFF = 2.0
+CLOSING = 1.0
+"""Seconds that the connections have for ending by themselves."""
 
 
 class Piece:
@@ -141,6 +143,9 @@ class Replica:
         self._closing.set()
         for _ in self._threads:
             self._queue.put(None)
+        end = time.monotonic() + CLOSING
+        for thread in self._threads:
+            thread.join(max(end - time.monotonic(), 0.0))
         if self._ring is not None:
             self._unregister(self._ring)
         self._session.close()
@@ -212,10 +217,11 @@ class Replica:
         self, session: requests.Session, path: str, body: bytes, headers: Mapping[str, str], timeout: float
     ) -> tuple[int, Mapping[str, str], bytes]:
         deadline = time.monotonic() + timeout
+        # session.post would merge settings that are never set here, for a tenth of the time of the whole exchange.
+        request = requests.Request("POST", self.url + path, {**session.headers, **headers}, data=body).prepare()
+        limits = (min(5.0, timeout), timeout)
         try:
-            with session.post(
-                self.url + path, data=body, headers=headers, timeout=(min(5.0, timeout), timeout), stream=True
-            ) as response:
+            with session.send(request, timeout=limits, stream=True, proxies={}, allow_redirects=False) as response:
                 chunks = []
                 while chunk := response.raw.read1(2**20):  # what has come, without waiting for more
                     chunks.append(chunk)
