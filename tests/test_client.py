@@ -138,15 +138,21 @@ def test_no_name_is_left_in_shared_memory() -> None:
 
 
 def test_submit_returns_before_the_answer_and_waits_only_when_too_many_are_pending() -> None:
-    go = threading.Event()
-    with serving(lambda: EchoTeacher(lambda query: (go.wait(), query.inputs["state"][:, 1:3])[1])) as service:
+    go, entered = threading.Event(), []
+
+    def block(query: Query) -> np.ndarray:
+        entered.extend(query.env_ids)
+        go.wait(60)
+        return query.inputs["state"][:, 1:3]
+
+    with serving(lambda: EchoTeacher(block)) as service:
         remote = RemoteTeacher([service.url], max_pending=2)
-        pending = [remote.submit(ask()) for _ in range(2)]
-        wait_for(lambda: service.engine.waiting == 1)  # the other one is with the teacher
+        pending = [remote.submit(ask(1)) for _ in range(2)]
+        wait_for(lambda: len(entered) + service.engine.waiting == 2)  # in one batch, or one after the other
         assert not any(answer.done() for answer in pending)
         remote.replicas[0].timeout = 0.3
         with pytest.raises(TeacherUnavailable, match="2 queries are not answered yet"):
-            remote.submit(ask()).result(10)
+            remote.submit(ask(1)).result(10)
         go.set()
         remote.close()
 
