@@ -256,7 +256,7 @@ def test_sigterm_answers_what_was_accepted_and_leaves_no_process() -> None:
         assert answer.result(PATIENCE)["action"].tolist() == [[1, 1]]
         assert service.process.wait(PATIENCE) == 128 + signal.SIGTERM
         assert len(processes) > 5
-        assert [pid for pid in processes if exists(pid)] == []
+        wait_for(lambda: not any(exists(pid) for pid in processes), PATIENCE)
 
 
 @pytest.mark.slow
