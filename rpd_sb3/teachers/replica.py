@@ -14,8 +14,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import requests
-from urllib3.exceptions import HTTPError
 
 from rpd_sb3.protocol.messages import (
     HEADER_LENGTH,
@@ -29,7 +27,7 @@ from rpd_sb3.protocol.messages import (
 from rpd_sb3.protocol.shared_memory import Ring, SharedMemoryError, Slot, query_size, region_parameters, unlink
 from rpd_sb3.protocol.tensors import ProtocolError
 from rpd_sb3.teachers.base import Labels, TeacherError, TeacherUnavailable
-from rpd_sb3.teachers.handshake import new_session, reason
+from rpd_sb3.teachers.connection import Connection, error_of, refusal
 
 logger = logging.getLogger(__name__)
 WORTH_SHARING = 2**16
@@ -114,7 +112,7 @@ class Replica:
         self._closing = threading.Event()
         self._room = threading.BoundedSemaphore(max_pending)
         self._queue: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        self._session = new_session(token)
+        self._own = Connection(self.url, token)
         # Daemons: a server that answers by drops cannot keep the process from ending.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_connections)]
         for thread in self._threads:
@@ -148,7 +146,7 @@ class Replica:
             thread.join(max(end - time.monotonic(), 0.0))
         if self._ring is not None:
             self._unregister(self._ring)
-        self._session.close()
+        self._own.close()
 
     def _done(self, piece: Piece) -> None:
         with self._lock:
@@ -169,19 +167,19 @@ class Replica:
     def _unregister(self, ring: Ring) -> None:
         """Have the server forget a ring; one that is gone has forgotten it anyway."""
         with suppress(TeacherUnavailable):
-            self._post(self._session, f"/v2/systemsharedmemory/region/{ring.name}/unregister", b"{}", {}, 1.0)
+            self._own.post(f"/v2/systemsharedmemory/region/{ring.name}/unregister", b"{}", {}, 1.0)
 
     def _work(self) -> None:
-        session = new_session(self._token)
+        connection = Connection(self.url, self._token)
         while (piece := self._queue.get()) is not None:
-            while self._attempt(session, piece):  # in its turn: the next query of a memory must not overtake it
+            while self._attempt(connection, piece):  # in its turn: the next query of a memory must not overtake it
                 self._closing.wait(max(self.down_until - time.monotonic(), 0.0))
-        session.close()
+        connection.close()
 
-    def _attempt(self, session: requests.Session, piece: Piece) -> bool:
+    def _attempt(self, connection: Connection, piece: Piece) -> bool:
         """Try once; True if this server is to be asked again after a pause."""
         try:
-            piece.answer.set_result(self._exchange(session, piece))
+            piece.answer.set_result(self._exchange(connection, piece))
         except TeacherUnavailable as error:
             piece.failures += 1
             pause = max(error.retry_after, min(0.1 * 2**piece.failures, MAX_BACKOFF))
@@ -191,19 +189,17 @@ class Replica:
             piece.answer.set_exception(error)
         return False
 
-    def _exchange(self, session: requests.Session, piece: Piece) -> Labels:
+    def _exchange(self, connection: Connection, piece: Piece) -> Labels:
         path = f"/v2/models/{self.model}/infer"
         shared = piece.slot is not None and piece.slot.ring is self._ring
-        message = piece.message(shared)
-        status, headers, body = self._post(session, path, message.body, message.headers, self.timeout)
-        if status == 404 and shared and _error(body)[1] == "UnknownRegion":  # it was restarted; a new ring comes next
-            self._drop(piece.slot)
-            message = piece.message(shared=False)
-            status, headers, body = self._post(session, path, message.body, message.headers, self.timeout)
-        if status != 200:
-            raise self._refusal(status, headers, body)
+        response = connection.post(path, *piece.message(shared), self.timeout)
+        if response.status == 404 and shared and error_of(response.body)[1] == "UnknownRegion":
+            self._drop(piece.slot)  # the server was restarted; a new ring comes next
+            response = connection.post(path, *piece.message(shared=False), self.timeout)
+        if response.status != 200:
+            raise refusal(self.url, response)
         try:
-            header, binary = parse(body, headers.get(HEADER_LENGTH))
+            header, binary = parse(response.body, response.headers.get(HEADER_LENGTH))
             labels = read_tensors(header, "outputs", binary)
         except ProtocolError as error:
             raise TeacherUnavailable(f"teacher at {self.url} sent an answer that cannot be read: {error}") from error
@@ -212,37 +208,6 @@ class Replica:
             if len(value) != piece.n:
                 raise TeacherError(f"teacher at {self.url} gave {len(value)} rows of {name!r} for {piece.n} queries")
         return found
-
-    def _post(
-        self, session: requests.Session, path: str, body: bytes, headers: Mapping[str, str], timeout: float
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        deadline = time.monotonic() + timeout
-        # session.post would merge settings that are never set here, for a tenth of the time of the whole exchange.
-        request = requests.Request("POST", self.url + path, {**session.headers, **headers}, data=body).prepare()
-        limits = (min(5.0, timeout), timeout)
-        try:
-            with session.send(request, timeout=limits, stream=True, proxies={}, allow_redirects=False) as response:
-                chunks = []
-                while chunk := response.raw.read1(2**20):  # what has come, without waiting for more
-                    chunks.append(chunk)
-                    if time.monotonic() > deadline:
-                        raise TeacherUnavailable(f"teacher at {self.url} was still answering after {timeout} s")
-        except (requests.RequestException, HTTPError) as error:
-            raise TeacherUnavailable(f"teacher at {self.url}: {reason(error)}") from error
-        answer = b"".join(chunks)
-        announced = response.headers.get("Content-Length", str(len(answer)))
-        if announced != str(len(answer)):
-            raise TeacherUnavailable(f"teacher at {self.url} broke off after {len(answer)} of {announced} bytes")
-        return response.status_code, response.headers, answer
-
-    def _refusal(self, status: int, headers: Mapping[str, str], body: bytes) -> TeacherError:
-        text, kind = _error(body)
-        sentence = f"teacher at {self.url} answered {status}: {text}"
-        # A 5xx without a kind comes from something in between: a proxy whose server is gone.
-        if status == 503 or (status >= 500 and kind is None):
-            after = headers.get("Retry-After", "")
-            return TeacherUnavailable(sentence, float(after) if after.isdigit() else 0.0)
-        return TeacherError(sentence)
 
     def _into_shared_memory(self, piece: Piece) -> bool:
         if not self._share or (size := query_size(piece.arrays)) < WORTH_SHARING:
@@ -267,11 +232,11 @@ class Replica:
             try:
                 path = f"/v2/systemsharedmemory/region/{ring.name}/register"
                 body = json.dumps(region_parameters(ring.key, ring.region.byte_size)).encode()
-                status, _, answer = self._post(self._session, path, body, {}, self.timeout)
+                response = self._own.post(path, body, {}, self.timeout)
             finally:
                 unlink(ring.key)
-            if status != 200:
-                raise SharedMemoryError(_error(answer)[0])
+            if response.status != 200:
+                raise SharedMemoryError(error_of(response.body)[0])
         except TeacherUnavailable:
             return  # not now; the query itself will tell why
         except SharedMemoryError as error:
@@ -281,12 +246,3 @@ class Replica:
             self._share = False
             return
         self._ring = ring
-
-
-def _error(body: bytes) -> tuple[str, str | None]:
-    """Text and kind of the error that a server has sent."""
-    try:
-        content = json.loads(body)
-        return str(content["error"]), content.get("type")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return body[:200].decode(errors="replace") or "nothing", None
