@@ -9,6 +9,7 @@ the region, which works across containers, where process numbers do not.
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import re
@@ -58,8 +59,7 @@ class Region:
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array in the region, not a copy."""
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(self.view, dtype, count, offset).reshape(shape)
+        return np.frombuffer(self.view, dtype, math.prod(shape), offset).reshape(shape)
 
 
 def create(byte_size: int) -> tuple[str, Region]:

@@ -28,6 +28,7 @@ DATATYPES = {
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
 }
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**40
 
@@ -41,11 +42,9 @@ def datatype_of(array: np.ndarray) -> str:
 
     :raises ProtocolError: if it has none
     """
-    if array.dtype.kind in "US" or array.dtype == object:
-        return "BYTES"
-    for name, dtype in DATATYPES.items():
-        if array.dtype == dtype:
-            return name
+    name = "BYTES" if array.dtype.kind in "US" else _NAMES.get(array.dtype)
+    if name is not None:
+        return name
     raise ProtocolError(f"arrays of {array.dtype} cannot be sent; the protocol knows {', '.join(DATATYPES)}")
 
 

@@ -247,7 +247,10 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
         await run_in_threadpool(service.engine.close)
 
     model, memory = "/v2/models/{name}", "/v2/systemsharedmemory"
-    routes = [
+    models = (model, model + "/versions/{version}")
+    # Searched in this order, so what is asked at every step comes first.
+    routes = [Route(path + "/infer", service.infer, methods=["POST"]) for path in models]
+    routes += [
         Route("/", service.page),
         Route("/metrics", service.metrics),
         Route("/v2", service.server),
@@ -255,12 +258,11 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
         Route("/v2/health/ready", service.ready),
         Route("/v2/models/stats", service.stats),
     ]
-    for path in (model, model + "/versions/{version}"):
+    for path in models:
         routes += [
             Route(path, service.metadata),
             Route(path + "/ready", service.ready),
             Route(path + "/stats", service.stats),
-            Route(path + "/infer", service.infer, methods=["POST"]),
         ]
     for path in (memory, memory + "/region/{region}"):
         routes += [

@@ -119,7 +119,9 @@ class RemoteTeacher:
         now = time.monotonic()
         up = [replica for replica in replicas if replica.down_until < now] or replicas
         free = sorted(up, key=lambda replica: replica.outstanding)
-        return [(replica, rows) for replica, rows in zip(free, np.array_split(np.arange(n), len(free))) if len(rows)]
+        ends = [n * (i + 1) // len(free) for i in range(len(free))]
+        parts = zip(free, [0, *ends], ends)
+        return [(replica, np.arange(start, end)) for replica, start, end in parts if end > start]
 
     def _try_again(self, piece: Piece, error: TeacherUnavailable) -> bool:
         """After a failure that may pass: True to ask the same replica again; else it is given up, or another's."""

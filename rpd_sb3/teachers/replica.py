@@ -110,8 +110,10 @@ class Replica:
         self._n_slots = max_pending
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._room = threading.BoundedSemaphore(max_pending)
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, faster than threading's
         self._queue: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        for _ in range(max_pending):
+            self._room.put(None)
         self._own = Connection(self.url, token)
         # Daemons: a server that answers by drops cannot keep the process from ending.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_connections)]
@@ -123,8 +125,10 @@ class Replica:
 
         :raises TeacherUnavailable: if there is no room within the timeout
         """
-        if not self._room.acquire(timeout=self.timeout):
-            raise TeacherUnavailable(f"teacher at {self.url}: {self._n_slots} queries are not answered yet")
+        try:
+            self._room.get(timeout=self.timeout)
+        except queue.Empty:
+            raise TeacherUnavailable(f"teacher at {self.url}: {self._n_slots} queries are not answered yet") from None
         with self._lock:
             self.outstanding += piece.n
         piece.answer.add_done_callback(lambda _: self._done(piece))
@@ -156,7 +160,7 @@ class Replica:
             ring.free.append(piece.slot)
             if ring is not self._ring and ring.idle:
                 self._unregister(ring)
-        self._room.release()
+        self._room.put(None)
 
     def _drop(self, slot: Slot | None) -> None:
         """Use the ring of this slot no more."""
