@@ -54,10 +54,11 @@ class Connection:
             with self._adapter.send(request, stream=True, timeout=limits) as response:
                 announced = response.headers.get("Content-Length")
                 chunks, size = [], 0
-                # What has come, without waiting for more; an answer that is whole needs no look at its end.
-                while str(size) != announced and (chunk := response.raw.read1(2**20)):
+                while chunk := response.raw.read1(2**20):  # what has come, without waiting for more
                     chunks.append(chunk)
                     size += len(chunk)
+                    if str(size) == announced:
+                        break  # a whole answer needs no look at its end
                     if time.monotonic() > deadline:
                         raise TeacherUnavailable(f"teacher at {self.url} was still answering after {timeout} s")
         except (requests.RequestException, HTTPError) as error:
