@@ -17,9 +17,11 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from rpd_sb3.bins import to_tokens
 from rpd_sb3.envs import VecTeacher, make_vec_env
 from rpd_sb3.envs.factory import evaluation_options
 from rpd_sb3.envs.teacher_access import find_vec_teacher
+from rpd_sb3.envs.views import token_bins
 from rpd_sb3.teachers.base import Teacher
 
 EVAL_SEED = 10_000
@@ -98,13 +100,16 @@ def student_actor(model: BaseAlgorithm) -> Actor:
 
 
 def teacher_actor(venv: VecEnv) -> Actor:
-    """The teacher's action label, clipped to the action space; the observation is the teacher's own."""
+    """The teacher's action label, clipped to the action space or as tokens; the observation is the teacher's own."""
     vec_teacher = find_vec_teacher(venv)
     assert vec_teacher is not None, "these environments have no teacher"
     space = venv.action_space
+    n_bins = None if vec_teacher.teacher.spec.action_space == space else token_bins(space)
 
     def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
         action = vec_teacher.label()["action"]
+        if n_bins is not None:
+            return to_tokens(action, n_bins)
         return np.clip(action, space.low, space.high) if isinstance(space, spaces.Box) else action
 
     return act

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import LinearSchedule
 
 from rpd_sb3.names import closest
+from rpd_sb3.students import AutoregressivePolicy, TokenPolicy
 
 CLASS_KEYS = ("activation_fn", "features_extractor_class", "optimizer_class")
 """Keys of ``policy_kwargs`` whose value is the dotted name of a class."""
@@ -31,6 +34,8 @@ NOT_IN_CONFIG = frozenset(
     }
 )
 """Constructor arguments that are given on the command line, by the library, or as the run key of that name."""
+TOKEN_POLICIES: dict[str, type[BasePolicy]] = {"AutoregressivePolicy": AutoregressivePolicy, "TokenPolicy": TokenPolicy}
+"""Policies for action tokens, of PPO and what is built on it."""
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _SCHEDULE = re.compile(r"(lin|cos)_(.+)")
 _WANTED = {
@@ -67,13 +72,15 @@ class RunConfig:
     """Environment steps to train for."""
     n_envs: int = 1
     policy: str | None = None
-    """SB3's name of the policy; None: the one that fits the observations."""
+    """SB3's name of the policy, or one of :data:`TOKEN_POLICIES`; None: SB3's that fits the observations."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """Options of :func:`rpd_sb3.envs.make_env`."""
     teacher: str | None = None
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     vec_teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     """Options of :class:`rpd_sb3.envs.VecTeacher`: ``timeout``, ``on_failure``."""
+    warm_start: str | None = None
+    """``.zip`` of a saved model of the same policy, whose weights training begins with."""
     hyperparams: dict[str, Any] = field(default_factory=dict)
     """Constructor arguments of the algorithm as written in the file; :func:`build_hyperparams` makes objects of them."""
 
@@ -115,8 +122,8 @@ def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunC
             raise ValueError(
                 f"unknown key {key!r} for {algo.__name__}{closest(str(key), names) or '; known are ' + ', '.join(names)}"
             )
-    if config.policy is not None and config.policy not in algo.policy_aliases:
-        raise ValueError(f"policy {config.policy!r} is unknown; {algo.__name__} has {', '.join(algo.policy_aliases)}")
+    if config.policy is not None:
+        policy_class(config.policy, algo)
     for key in config.vec_teacher_kwargs:
         if key not in VEC_TEACHER_KEYS:
             raise ValueError(f"unknown key {key!r} in vec_teacher_kwargs; known are {', '.join(VEC_TEACHER_KEYS)}")
@@ -125,13 +132,28 @@ def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunC
     return config
 
 
-def hyperparameters(algo: type[BaseAlgorithm]) -> dict[str, inspect.Parameter]:
-    """Constructor arguments that a config may set.
+def policy_class(name: str, algo: type[BaseAlgorithm]) -> type[BasePolicy]:
+    """The policy of that name.
 
-    A class that passes ``**kwargs`` on has its own arguments and those of the next class.
+    :raises ValueError: if the algorithm has none
     """
+    known = dict(algo.policy_aliases) | (TOKEN_POLICIES if issubclass(algo, PPO) else {})
+    if name not in known:
+        raise ValueError(
+            f"policy {name!r} is unknown; {algo.__name__} has {', '.join(known)}{closest(name, list(known))}"
+        )
+    return known[name]
+
+
+def hyperparameters(algo: type[BaseAlgorithm]) -> dict[str, inspect.Parameter]:
+    """Constructor arguments that a config may set."""
+    return {name: parameter for name, parameter in _parameters(algo).items() if name not in NOT_IN_CONFIG}
+
+
+def _parameters(owner: type) -> dict[str, inspect.Parameter]:
+    """Constructor arguments; a class that passes ``**kwargs`` on has its own and those of the next class."""
     result: dict[str, inspect.Parameter] = {}
-    for cls in algo.__mro__:
+    for cls in owner.__mro__:
         if "__init__" not in cls.__dict__:
             continue
         parameters = inspect.signature(cls.__dict__["__init__"]).parameters
@@ -140,7 +162,7 @@ def hyperparameters(algo: type[BaseAlgorithm]) -> dict[str, inspect.Parameter]:
                 result.setdefault(name, parameter)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
-    return {name: parameter for name, parameter in result.items() if name not in NOT_IN_CONFIG}
+    return result
 
 
 def build_hyperparams(config: RunConfig, algo: type[BaseAlgorithm]) -> dict[str, Any]:
@@ -215,12 +237,8 @@ def _schedule(key: str, value: Any, annotation: Any) -> Any:
 
 
 def _policy_kwargs(kwargs: dict[str, Any], policy: str | None, algo: type[BaseAlgorithm]) -> dict[str, Any]:
-    policy_class = algo.policy_aliases[policy or next(iter(algo.policy_aliases))]
-    known = [
-        name
-        for name in inspect.signature(policy_class).parameters
-        if not name.endswith("_space") and name != "lr_schedule"
-    ]
+    parameters = _parameters(policy_class(policy or next(iter(algo.policy_aliases)), algo))
+    known = [name for name in parameters if not name.endswith("_space") and name not in ("self", "lr_schedule")]
     for key in kwargs:
         if key not in known:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -16,7 +16,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import (
     FloatSchedule,
-    explained_variance,
     obs_as_tensor,
     safe_mean,
     update_learning_rate,
@@ -32,12 +31,15 @@ from rpd_sb3.buffers import (
     LabelReplay,
     Student,
 )
-from rpd_sb3.envs.teacher_access import set_label_fraction, teacher_labels
+from rpd_sb3.envs.teacher_access import check_teacher, set_label_fraction
 from rpd_sb3.losses import clipped_surrogate, standardised
 from rpd_sb3.teachers.base import TeacherError
+from rpd_sb3.training_log import log_update
 
 Self = TypeVar("Self", bound="OnPolicyDistillation")
 
+TAKEN = "taken_action"
+"""Column of the label replay beside the labels: what the student did."""
 MAX_MISSING = 0.5
 """Share of labels of one rollout that may fail to come before training stops."""
 
@@ -63,13 +65,15 @@ class OnPolicyDistillation(PPO):
     :param label_fraction: share of transitions to label
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
+    :param ppo_coef: weight of the surrogate
+    :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
     :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
         would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
     :param kwargs: PPO's arguments
     :raises ValueError: if an argument is out of range, or the environment has no teacher that gives the labels
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """Labels that the teacher must give."""
 
     def __init__(
@@ -82,6 +86,8 @@ class OnPolicyDistillation(PPO):
         reward_learning_rate: float | None = None,
         label_fraction: float = 1.0,
         label_replay: int = 0,
+        ppo_coef: float = 1.0,
+        clip_range_high: float | None = None,
         advantage_std_floor: float = 0.0,
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -92,6 +98,8 @@ class OnPolicyDistillation(PPO):
             f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
             f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
             f"label_replay={label_replay} must not be negative": label_replay >= 0,
+            f"ppo_coef={ppo_coef} must not be negative": ppo_coef >= 0,
+            f"clip_range_high={clip_range_high} must be positive": (clip_range_high or 1) > 0,
             f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
         }
         for message, holds in checks.items():
@@ -103,6 +111,8 @@ class OnPolicyDistillation(PPO):
         self.reward_learning_rate = reward_learning_rate
         self.label_fraction = label_fraction
         self.label_replay = label_replay
+        self.ppo_coef = ppo_coef
+        self.clip_range_high = clip_range_high
         self.advantage_std_floor = advantage_std_floor
         self._current_distill_coef = 0.0
         self._handed_over = False
@@ -138,25 +148,24 @@ class OnPolicyDistillation(PPO):
             self._handed_over = success_rate >= cutoff
         return 0.0 if self._handed_over else float(self.distill_coef(self._current_progress_remaining))  # type: ignore[operator]
 
+    def surrogate_coef(self) -> float:
+        """Weight of the surrogate in the coming update."""
+        return self.ppo_coef
+
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
         """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
         if self.label_replay_buffer is None or self.label_replay_buffer.size == 0:
             return Imitation(student.distribution, batch.labels, batch.labelled)
         observations, labels = self.label_replay_buffer.sample(len(batch.labelled))
-        distribution = self.policy.get_distribution(obs_as_tensor(observations, self.device))
         targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
+        obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
+        tokens = hasattr(self.policy, "distribution_on")  # each depends on those before it
+        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator]
         return Imitation(distribution, targets, th.ones_like(batch.labelled))
 
     def _check_teacher(self) -> None:
-        if not self.needs or self.env is None:
-            return
-        name, given = type(self).__name__, teacher_labels(self.env)
-        if given is None:
-            raise ValueError(f"{name} needs a teacher: wrap the env, e.g. {name}(policy, VecTeacher(env, teacher))")
-        if missing := self.needs - given:
-            raise ValueError(
-                f"{name} needs the labels {sorted(self.needs)}; the teacher does not give {sorted(missing)}"
-            )
+        if self.needs and self.env is not None:
+            check_teacher(type(self).__name__, self.needs, self.env)
 
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.
@@ -171,8 +180,8 @@ class OnPolicyDistillation(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
+        self._current_distill_coef = self.schedule_distill_coef()
         if self.needs:
-            self._current_distill_coef = self.schedule_distill_coef()
             set_label_fraction(env, self.label_fraction if self._current_distill_coef > 0 else 0.0)
         completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         if self.needs and not completed:
@@ -192,17 +201,15 @@ class OnPolicyDistillation(PPO):
         if not self.needs or self._current_distill_coef == 0:
             return
         if missing > MAX_MISSING:
-            raise TeacherError(
-                f"{missing:.0%} of the labels of this rollout are missing; at most {MAX_MISSING:.0%} may"
-            )
+            raise TeacherError(f"{missing:.0%} of this rollout's labels are missing; at most {MAX_MISSING:.0%} may")
         if not buffer.labels and self.label_fraction == 1.0:
             raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
         self.logger.record("rollout/missing_labels", missing)
         if self.label_replay_buffer is not None:
             at = buffer.labelled
-            obs = buffer.observations
-            kept = {k: v[at] for k, v in obs.items()} if isinstance(obs, dict) else obs[at]
-            self.label_replay_buffer.extend(kept, {name: values[at] for name, values in buffer.labels.items()})
+            kept = {k: v[at] for k, v in obs.items()} if isinstance(obs := buffer.observations, dict) else obs[at]
+            columns = {TAKEN: buffer.actions, **buffer.labels}
+            self.label_replay_buffer.extend(kept, {name: values[at] for name, values in columns.items()})
 
     def train(self) -> None:
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
@@ -213,7 +220,7 @@ class OnPolicyDistillation(PPO):
         self._gather_labels()
         self.prepare_rollout()
         buffer: Any = self.rollout_buffer
-        distils = bool(self.needs) and self._current_distill_coef > 0 and bool(buffer.labels)
+        distils = self._current_distill_coef > 0 and bool(buffer.labels)
         use_surrogate = True
         logs: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -243,7 +250,9 @@ class OnPolicyDistillation(PPO):
             self._n_updates += 1
             if not (use_surrogate or distils):
                 break
-        self._log_update(logs)
+        log_update(self, logs)
+        if self.needs or "distill_loss" in logs:
+            self.logger.record("train/distill_coef", self._current_distill_coef)
 
     def _ppo_losses(
         self, batch: LabelledSamples, logs: defaultdict[str, list[float]]
@@ -256,7 +265,8 @@ class OnPolicyDistillation(PPO):
         student = Student(copy(self.policy.action_dist), values.flatten(), log_prob, entropy)
 
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        policy_loss, ratio = clipped_surrogate(log_prob, batch.old_log_prob, self._advantages(batch), clip_range)
+        probs = log_prob, batch.old_log_prob
+        policy_loss, ratio = clipped_surrogate(*probs, self._advantages(batch), clip_range, self.clip_range_high)
         values_pred = student.values
         if self.clip_range_vf is not None:
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
@@ -272,27 +282,12 @@ class OnPolicyDistillation(PPO):
         logs["entropy_loss"].append(entropy_loss.item())
         logs["clip_fraction"].append(clip_fraction)
         logs["approx_kl"].append(approx_kl)
-        return student, policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
+        return student, self.surrogate_coef() * policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
 
     def _advantages(self, batch: LabelledSamples) -> th.Tensor:
         if self.normalize_advantage and len(batch.advantages) > 1:  # one sample has no std, see SB3's issue #325
             return standardised(batch.advantages, self.advantage_std_floor)
         return batch.advantages
-
-    def _log_update(self, logs: defaultdict[str, list[float]]) -> None:
-        for name, values in logs.items():
-            self.logger.record(f"train/{name}", safe_mean(values))
-        buffer = self.rollout_buffer
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        self.logger.record("train/explained_variance", explained)
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name in ("clip_range", "clip_range_vf"):
-            if (schedule := getattr(self, name)) is not None:
-                self.logger.record(f"train/{name}", schedule(self._current_progress_remaining))
-        if self.needs:
-            self.logger.record("train/distill_coef", self._current_distill_coef)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "label_replay_buffer"]

@@ -31,9 +31,10 @@ from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import check_spec, student_space
 from rpd_sb3.evaluation import Evaluator
-from rpd_sb3.hyperparams import RunConfig, build_hyperparams, check_section
+from rpd_sb3.hyperparams import RunConfig, build_hyperparams, check_section, policy_class
 from rpd_sb3.names import closest
 from rpd_sb3.teachers import Teacher, make_teacher
+from rpd_sb3.warm_start import load_weights
 
 
 @dataclass
@@ -229,8 +230,8 @@ def _model(
     if checkpoint is None:
         assert config.policy is not None
         try:
-            return algo(
-                config.policy,
+            model = algo(
+                policy_class(config.policy, algo),  # type: ignore[arg-type]
                 venv,
                 seed=args["seed"],
                 device=args["device"],
@@ -239,6 +240,9 @@ def _model(
             )
         except (AssertionError, TypeError) as error:  # SB3 asserts what users may get wrong
             raise ValueError(f"{args['algo']} cannot be made with these hyper-parameters: {error}") from error
+        if config.warm_start is not None:
+            load_weights(model.policy, config.warm_start)
+        return model
     model = runs.load_model(algo, checkpoint, env=venv, device=args["device"])
     replay = runs.label_replay_file(checkpoint)
     if runs.has_label_replay(model) and not replay.is_file():

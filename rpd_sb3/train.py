@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     """Every flag; those that are not given leave no trace, so that --resume can tell."""
     parser = Parser(prog="python -m rpd_sb3.train", description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--algo", help="ppo, rpd_ppo, recurrent_ppo or trpo")
+    add("--algo", help="opd, rpd_ppo, ppd, road, grpo, sft, ppo, recurrent_ppo or trpo")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id")
     add("--teacher", help="scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS [that of the config]")
     add("--teacher-kwargs", nargs="+", metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")

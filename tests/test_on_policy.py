@@ -186,7 +186,7 @@ def test_save_and_load_keep_everything_but_the_teacher(tmp_path: Path) -> None:
 
 def test_training_stops_when_most_labels_are_missing() -> None:
     model = RPD("MlpPolicy", make_venv(2, SilentTeacher(), timeout=0.01, on_failure="skip"), **SMALL)
-    with pytest.raises(TeacherError, match="100% of the labels of this rollout are missing; at most 50% may"):
+    with pytest.raises(TeacherError, match="100% of this rollout's labels are missing; at most 50% may"):
         model.learn(14)
 
 

@@ -6,9 +6,24 @@ from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from rpd_sb3.algos.grpo import GRPO
+from rpd_sb3.algos.opd import OPD
+from rpd_sb3.algos.ppd import PPD
+from rpd_sb3.algos.road import ROAD
 from rpd_sb3.algos.rpd import RPD
+from rpd_sb3.algos.sft import SFT
 
-ALGOS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "recurrent_ppo": RecurrentPPO, "rpd_ppo": RPD, "trpo": TRPO}
+ALGOS: dict[str, type[BaseAlgorithm]] = {
+    "grpo": GRPO,
+    "opd": OPD,
+    "ppd": PPD,
+    "ppo": PPO,
+    "recurrent_ppo": RecurrentPPO,
+    "road": ROAD,
+    "rpd_ppo": RPD,
+    "sft": SFT,
+    "trpo": TRPO,
+}
 """Command-line name to class. Those without ``needs`` train without a teacher."""
 
-__all__ = ["ALGOS", "RPD"]
+__all__ = ["ALGOS", "GRPO", "OPD", "PPD", "ROAD", "RPD", "SFT"]

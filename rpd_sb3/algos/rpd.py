@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
@@ -33,7 +33,7 @@ class RPD(OnPolicyDistillation):
     :raises ValueError: for an unknown loss, or one that the action space does not allow
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"action"})
+    needs = frozenset({"action"})
 
     def __init__(self, policy: Any, env: GymEnv | str | None, *, loss: str = "mse", **kwargs: Any) -> None:
         if loss not in LOSSES:

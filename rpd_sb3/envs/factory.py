@@ -10,6 +10,9 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from rpd_sb3.bins import N_BINS
+from rpd_sb3.envs.action_tokens import ActionTokens
+from rpd_sb3.envs.groups import EpisodeSeeds
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 from rpd_sb3.names import closest
@@ -29,13 +32,14 @@ def make_env(
     image_size: int | None = None,
     on_success: str | None = None,
     control_mode: str | None = None,
+    tokens: bool | int = False,
     teacher: TeacherSpec | None = None,
     render_mode: str | None = None,
     **env_kwargs: Any,
 ) -> gym.Env:
     """One environment with the plain Gymnasium API.
 
-    The named options are ManiSkill's; None takes the default in brackets.
+    The options down to ``control_mode`` are ManiSkill's; None takes the default in brackets.
 
     :param env_id: a ManiSkill id or any id that Gymnasium knows
     :param obs: the student's view: ``state``, ``rgb`` or ``rgb+state`` [state]
@@ -44,11 +48,26 @@ def make_env(
     :param image_size: side of the square image in pixels [256, or the teacher's if that is smaller]
     :param on_success: ``terminate``, ``truncate`` or ``continue`` the episode [terminate]
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
+    :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256
     :param teacher: spec of the teacher whose inputs the observation shall carry under ``teacher/``
     :param render_mode: Gymnasium's
     :param env_kwargs: further arguments of the environment itself
     :raises ValueError: for an unknown id, or an option that the environment does not have
     """
+    if tokens is not False:
+        env = make_env(
+            env_id,
+            obs=obs,
+            reward=reward,
+            camera=camera,
+            image_size=image_size,
+            on_success=on_success,
+            control_mode=control_mode,
+            teacher=teacher,
+            render_mode=render_mode,
+            **env_kwargs,
+        )
+        return ActionTokens(env, N_BINS if tokens is True else tokens)
     options = {
         "obs": obs,
         "reward": reward,
@@ -182,6 +201,6 @@ def _thunk(env_id: str, options: dict[str, Any]) -> Callable[[], gym.Env]:
         import torch
 
         torch.set_num_threads(1)  # one core per worker; more threads only contend
-        return Monitor(make_env(env_id, **options))
+        return Monitor(EpisodeSeeds(make_env(env_id, **options)))
 
     return make

@@ -25,6 +25,20 @@ def teacher_labels(venv: VecEnv) -> frozenset[str] | None:
     return None
 
 
+def check_teacher(name: str, needs: frozenset[str], venv: VecEnv) -> None:
+    """Make sure that the environments have a teacher that gives these labels.
+
+    :param name: of the algorithm
+    :param needs: labels
+    :raises ValueError: if not
+    """
+    given = teacher_labels(venv)
+    if given is None:
+        raise ValueError(f"{name} needs a teacher: wrap the env, e.g. {name}(policy, VecTeacher(env, teacher))")
+    if missing := needs - given:
+        raise ValueError(f"{name} needs the labels {sorted(needs)}; the teacher does not give {sorted(missing)}")
+
+
 def set_label_fraction(venv: VecEnv, fraction: float) -> None:
     """Change the share of transitions to label from the next step on, in an environment that has a teacher."""
     vec_teacher = find_vec_teacher(venv)

@@ -86,6 +86,9 @@ def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space:
 
     :raises ValueError: naming the first thing that does not fit
     """
+    n_bins = token_bins(action_space)
+    if n_bins is not None and spec.n_bins not in (None, n_bins):
+        raise ValueError(f"teacher {spec.name!r} has {spec.n_bins} bins, but the environment's actions have {n_bins}")
     if not _same_actions(spec.action_space, action_space):
         raise ValueError(
             f"teacher {spec.name!r} gives actions of {spec.action_space}, but the environment takes {action_space}; "
@@ -140,7 +143,16 @@ def find_instructions(spec: TeacherSpec, venv: VecEnv, instruction: str | None) 
     return check_instructions(spec, [instruction] * venv.num_envs)
 
 
+def token_bins(space: spaces.Space) -> int | None:
+    """Bins of each dimension if actions are tokens (:class:`~rpd_sb3.envs.ActionTokens`); None if they are not."""
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1 and len(set(space.nvec.tolist())) == 1:
+        return int(space.nvec[0])
+    return None
+
+
 def _same_actions(a: spaces.Space, b: spaces.Space) -> bool:
+    if isinstance(a, spaces.Box) and token_bins(b) is not None:  # tokens stand for actions in [-1, 1]
+        return a.shape == b.shape and bool(np.all(a.low == -1.0) and np.all(a.high == 1.0))
     if isinstance(a, spaces.Box) and isinstance(b, spaces.Box):
         return a.shape == b.shape and np.allclose(a.low, b.low) and np.allclose(a.high, b.high)
     return a == b

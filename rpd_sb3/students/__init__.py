@@ -1,5 +1,7 @@
-"""Parts of student policies, selected by name in YAML."""
+"""Student policies and parts of them, selected by name in YAML."""
 
 from rpd_sb3.students.normalize import RunningNorm
+from rpd_sb3.students.tokens import TokenPolicy
+from rpd_sb3.students.transformer import AutoregressivePolicy
 
-__all__ = ["RunningNorm"]
+__all__ = ["AutoregressivePolicy", "RunningNorm", "TokenPolicy"]

@@ -1,0 +1,60 @@
+"""Groups of environments whose episodes start alike: what GRPO compares, and VLA-OPD averages over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class EpisodeSeeds(gym.Wrapper):
+    """The i-th episode after :meth:`begin_group` follows from the group's seed and i alone.
+
+    So environments with the same group seed play the same initial states in the same order, however long their episodes
+    last and whatever randomness their steps consume. Before the first call, and at a reset with a seed, it does nothing.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._group_seed: int | None = None
+        self._episode = 0
+
+    def begin_group(self, seed: int | None) -> None:
+        """The next reset begins the first episode of this group; None: no groups any more."""
+        self._group_seed, self._episode = seed, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is None and self._group_seed is not None:
+            seed = int(np.random.SeedSequence([self._group_seed, self._episode]).generate_state(1)[0] // 2)
+            self._episode += 1
+        return self.env.reset(seed=seed, options=options)
+
+
+def begin_groups(venv: VecEnv, group_size: int, rng: np.random.Generator) -> None:
+    """Give each ``group_size`` neighbouring environments a new seed of their own; the next reset begins their episodes.
+
+    :param venv: made by :func:`rpd_sb3.envs.make_vec_env`, or of environments in :class:`EpisodeSeeds`
+    :param group_size: G, must divide the number of environments
+    :param rng: where seeds come from
+    :raises ValueError: if the environments cannot do that
+    """
+    check_groups(venv, group_size)
+    for first in range(0, venv.num_envs, group_size):
+        seed = int(rng.integers(2**31))
+        venv.env_method("begin_group", seed, indices=range(first, first + group_size))
+
+
+def check_groups(venv: VecEnv, group_size: int) -> None:
+    """Make sure that the environments can start in groups of this size.
+
+    :raises ValueError: if they cannot
+    """
+    if group_size < 1 or venv.num_envs % group_size:
+        raise ValueError(f"group_size={group_size} must divide n_envs={venv.num_envs}")
+    if group_size > 1 and not venv.has_attr("begin_group"):
+        raise ValueError(
+            f"group_size={group_size} needs environments that can start alike: wrap each in rpd_sb3.envs.EpisodeSeeds, "
+            "or make them with make_vec_env"
+        )
