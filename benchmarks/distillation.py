@@ -11,37 +11,17 @@ trained again. Results are collected in benchmarks/results/distillation.json, wh
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from harness import Cell, mean_and_range, run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "distillation.json"
 TASKS = ("LiftPegUpright-v1", "PickCube-v1", "PullCube-v1", "PushCube-v1", "RollBall-v1", "StackCube-v1")
 """The tasks that the paper trained on."""
-COMMON = ["--eval-freq", "50000", "--eval-episodes", "100", "--no-video", "--no-progress"]
-
-
-class Cell(NamedTuple):
-    """One training run."""
-
-    row: str
-    label: str
-    arguments: list[str]
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        return f"{self.row}/{self.label.replace(' ', '_')}/seed{self.seed}"
-
-    @property
-    def command(self) -> list[str]:
-        return ["-m", "rpd_sb3.train", *self.arguments, "--seed", str(self.seed), *COMMON]
+COMMON = ["--eval-freq", "50000", "--eval-episodes", "100"]
 
 
 def cells(rows: list[str], tasks: list[str], algos: list[str], seeds: int) -> list[Cell]:
@@ -50,41 +30,14 @@ def cells(rows: list[str], tasks: list[str], algos: list[str], seeds: int) -> li
     for seed in range(seeds):
         if "weak-teachers" in rows:
             for section in ("noisy-teacher", "biased-teacher"):
-                arguments = ["--algo", "rpd_ppo", "--env", "PickCube-v1", "--section", section]
+                arguments = ["--algo", "rpd_ppo", "--env", "PickCube-v1", "--section", section, *COMMON]
                 found.append(Cell("weak-teachers", section, arguments, seed))
         if "tasks" in rows:
             for task in tasks:
                 for algo in algos:
-                    arguments = ["--algo", algo, "--env", task, "-n", "100000"]
+                    arguments = ["--algo", algo, "--env", task, "-n", "100000", *COMMON]
                     found.append(Cell("tasks", f"{algo} {task}", arguments, seed))
     return found
-
-
-def complete_result(folder: Path) -> dict[str, Any] | None:
-    """The result of the run in this folder that went to its end; None if there is none yet."""
-    results = [json.loads(path.read_text()) for path in folder.glob("*/*/result.json")]
-    return next((result for result in results if result["complete"]), None)
-
-
-def train(cell: Cell, root: Path) -> dict[str, Any]:
-    """Train one cell unless that is done already; its result.json and evaluation curve."""
-    folder = root / cell.folder
-    result = complete_result(folder)
-    if result is None:
-        command = [sys.executable, *cell.command, "-f", str(folder)]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-        result = complete_result(folder)
-        assert result is not None, "a run that ends well has a complete result.json"
-    command = shlex.join(["python", *cell.command])
-    print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
-    return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}
-
-
-def mean_and_range(values: list[float]) -> str:
-    """``93 % (88 to 97)``"""
-    return f"{statistics.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
 
 
 def tables(records: list[dict[str, Any]]) -> str:
@@ -130,16 +83,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("logs/benchmark"), help="where the run folders go")
     parser.add_argument("--tables-only", action="store_true")
     args = parser.parse_args()
-    records = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    if not args.tables_only:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            todo = cells(args.rows, args.tasks, args.algos, args.seeds)
-            for record in pool.map(lambda cell: train(cell, args.root), todo):
-                same = ("row", "label", "seed")
-                records = [r for r in records if any(r[key] != record[key] for key in same)] + [record]
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(records, indent=1) + "\n")
-    print(tables(records))
+    todo = [] if args.tables_only else cells(args.rows, args.tasks, args.algos, args.seeds)
+    print(tables(run(todo, args.root, RESULTS, args.jobs)))
 
 
 if __name__ == "__main__":

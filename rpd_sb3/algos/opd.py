@@ -100,7 +100,7 @@ class OPD(GRPO):
         choices = {
             "divergence": (divergence, DIVERGENCES),
             "estimator": (estimator, ESTIMATORS),
-            "then": (then or "grpo", NEXT),
+            "then": ("grpo" if then is None else then, NEXT),
             "then_on": (then_on, TRIGGERS),
         }
         for key, (value, allowed) in choices.items():
@@ -113,6 +113,11 @@ class OPD(GRPO):
             f"teacher_floor={teacher_floor} must lie in [0, 1)": 0 <= teacher_floor < 1,
             f"then='grpo' needs groups: group_size={group_size} must be at least 2": then != "grpo" or group_size > 1,
             f"then_value={then_value} must be positive": then_value > 0,
+            f"then_value={then_value} is a success rate and must not be above 1": then_on != "success"
+            or then_value <= 1,
+            f"then_value={then_value} is a number of rollouts and must be at least 1": then_on != "plateau"
+            or then_value >= 1,
+            "success_cutoff is not for OPD; use then='ppo', then_on='success'": kwargs.get("success_cutoff") is None,
             f"residual_coef={residual_coef} must not be negative": residual_coef >= 0,
             f"n_demos={n_demos} must not be negative": n_demos >= 0,
         }
@@ -122,6 +127,8 @@ class OPD(GRPO):
         self.divergence, self.estimator = divergence, estimator
         self.teacher_temperature, self.teacher_floor = teacher_temperature, teacher_floor
         self.n_demos, self.demo_epochs = n_demos, demo_epochs
+        if n_demos:
+            self.needs = self.needs | {"action"}
         self.then, self.then_on, self.then_value, self.residual_coef = then, then_on, then_value, residual_coef
         self._success_rates: list[float] = []
         self._handed_over_at = 0.0
@@ -149,7 +156,8 @@ class OPD(GRPO):
             self._handed_over, self._handed_over_at = True, remaining
         if not self._handed_over:
             return super().schedule_distill_coef()
-        return self.residual_coef * remaining / max(self._handed_over_at, 1e-8)
+        # Above 1 where training was extended after the hand-over.
+        return self.residual_coef * min(remaining / max(self._handed_over_at, 1e-8), 1.0)
 
     def surrogate_coef(self) -> float:
         """1 after the hand-over, and where the surrogate carries the sampled estimate."""
@@ -161,13 +169,18 @@ class OPD(GRPO):
             super().prepare_rollout()
         elif not self._handed_over and self.estimator == "sampled":
             buffer: Any = self.rollout_buffer
-            teacher = self._teacher_log_probs(th.as_tensor(buffer.labels["logits"]).flatten(0, 1))
-            actions = th.as_tensor(buffer.actions).flatten(0, 1)
-            student_log_prob = th.as_tensor(buffer.log_probs).flatten()[:, None]  # of all tokens together
-            teacher_log_prob = token_log_prob(teacher, actions).sum(dim=1, keepdim=True)
-            advantage = sampled_advantage(student_log_prob, teacher_log_prob).reshape(buffer.advantages.shape).numpy()
-            reward = self.ppo_coef * buffer.advantages if self.ppo_coef else 0.0
-            buffer.advantages = self._current_distill_coef * advantage * buffer.labelled + reward
+            buffer.advantages = self.ppo_coef * buffer.advantages
+            if "logits" in buffer.labels:  # else the teacher was not asked: the coefficient is 0
+                buffer.advantages += self._current_distill_coef * self._sampled_advantages() * buffer.labelled
+
+    def _sampled_advantages(self) -> np.ndarray:
+        """log T(a) - log S_old(a) of all steps (n_steps, n_envs)."""
+        buffer: Any = self.rollout_buffer
+        teacher = self._teacher_log_probs(th.as_tensor(buffer.labels["logits"]).flatten(0, 1))
+        actions = th.as_tensor(buffer.actions).flatten(0, 1)
+        student_log_prob = th.as_tensor(buffer.log_probs).flatten()[:, None]  # of all tokens together
+        teacher_log_prob = token_log_prob(teacher, actions).sum(dim=1, keepdim=True)
+        return sampled_advantage(student_log_prob, teacher_log_prob).reshape(buffer.advantages.shape).numpy()
 
     def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
         distribution, labels, labelled = self.imitation(batch, student)
@@ -176,12 +189,14 @@ class OPD(GRPO):
         loss = masked_mean(divergence, labelled)
         if self.estimator == "sampled" and not self._handed_over:
             loss = loss.detach()  # the surrogate carries it
-        return loss, self._diagnostics(student_logits.detach(), teacher_logits, batch, student)
+        logs = self._diagnostics(student_logits.detach(), teacher_logits, labelled)
+        if "logits" in batch.labels:  # on the student's own actions, also with a label replay
+            own = token_log_prob(self._teacher_log_probs(batch.labels["logits"]), batch.actions).sum(dim=1)
+            logs["k3"] = masked_mean(k3(student.log_prob.detach(), own), batch.labelled).item()
+        return loss, logs
 
-    @th.no_grad()
-    def _diagnostics(
-        self, student_logits: th.Tensor, teacher_logits: th.Tensor, batch: LabelledSamples, student: Student
-    ) -> dict[str, float]:
+    @staticmethod
+    def _diagnostics(student_logits: th.Tensor, teacher_logits: th.Tensor, labelled: th.Tensor) -> dict[str, float]:
         """Divergences both ways, agreement and entropies, for all tokens and for each (``/0`` to ``/K-1``)."""
         per_token = {
             "reverse_kl": token_divergence(student_logits, teacher_logits, "reverse_kl"),
@@ -192,12 +207,9 @@ class OPD(GRPO):
         }
         logs = {}
         for name, values in per_token.items():
-            means = values.mean(dim=0)
-            logs[name] = means.mean().item()
-            logs |= {f"{name}/{token}": mean for token, mean in enumerate(means.tolist())}
-        if "logits" in batch.labels:
-            own = token_log_prob(self._teacher_log_probs(batch.labels["logits"]), batch.actions).sum(dim=1)
-            logs["k3"] = masked_mean(k3(student.log_prob, own), batch.labelled).item()
+            means = [masked_mean(token, labelled).item() for token in values.unbind(dim=1)]
+            logs[name] = sum(means) / len(means)
+            logs |= {f"{name}/{token}": mean for token, mean in enumerate(means)}
         return logs
 
     def _teacher_log_probs(self, logits: th.Tensor) -> th.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 
 from rpd_sb3.buffers import LabelledSamples
 from rpd_sb3.losses import floored, gaussian_kl, masked_mean, ratio_weighted, token_divergence
-from rpd_sb3.on_policy import OnPolicyDistillation, Student
+from rpd_sb3.on_policy import OnPolicyDistillation, Student, TeacherError
 from rpd_sb3.students.tokens import token_logits
 
 DIRECTIONS = ("forward", "reverse")
@@ -30,7 +31,8 @@ class PPD(OnPolicyDistillation):
 
     :param direction: ``forward`` or ``reverse``
     :param teacher_floor: share of the uniform distribution that is mixed into a teacher's tokens
-    :param kwargs: arguments of :class:`OnPolicyDistillation` and PPO
+    :param kwargs: arguments of :class:`OnPolicyDistillation` and PPO; there is no label replay, as the ratio is that of the
+        student's own actions
     :raises ValueError: for an unknown direction, or an action space without a closed form
     """
 
@@ -49,14 +51,32 @@ class PPD(OnPolicyDistillation):
             raise ValueError(f"PPD: direction={direction!r} is unknown; choose one of {', '.join(DIRECTIONS)}")
         if not 0 <= teacher_floor < 1:
             raise ValueError(f"PPD: teacher_floor={teacher_floor} must lie in [0, 1)")
+        if n := kwargs.get("label_replay", 0):
+            raise ValueError(f"PPD: label_replay={n} has no ratio of the student's own actions; leave it at 0")
         self.direction = direction
         self.teacher_floor = teacher_floor
         if env is not None and isinstance(getattr(env, "action_space", None), spaces.MultiDiscrete):
             self.needs = frozenset({"logits"})
         super().__init__(policy, env, **kwargs)
 
+    def _setup_model(self) -> None:
+        if not isinstance(self.action_space, (spaces.Box, spaces.MultiDiscrete)):
+            raise ValueError(f"PPD needs continuous actions or action tokens, got {self.action_space}")
+        super()._setup_model()
+
+    def prepare_rollout(self) -> None:
+        """Make sure that the KL is finite.
+
+        :raises TeacherError: if the teacher's std is not positive
+        """
+        buffer: Any = self.rollout_buffer
+        if "std" in buffer.labels and (std := buffer.labels["std"][buffer.labelled]).min(initial=np.inf) <= 0:
+            raise TeacherError(
+                f"PPD needs a std above 0, the teacher gave {std.min()}; have it draw more samples, or at a temperature, "
+                "or use RPD, which needs no std"
+            )
+
     def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
-        # The ratio is that of the student's own actions, so there is no label replay here.
         labels, distribution = batch.labels, student.distribution
         forward = self.direction == "forward"
         if "logits" in labels:
@@ -71,4 +91,6 @@ class PPD(OnPolicyDistillation):
             kl = gaussian_kl(*pair)
         ratio = th.exp(student.log_prob - batch.old_log_prob)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        return masked_mean(ratio_weighted(kl, ratio, clip_range), batch.labelled), {"distill_kl": kl.mean().item()}
+        return masked_mean(ratio_weighted(kl, ratio, clip_range), batch.labelled), {
+            "distill_kl": masked_mean(kl, batch.labelled).item()
+        }

@@ -82,8 +82,9 @@ class ROAD(OnPolicyDistillation):
                 raise ValueError(f"ROAD: {key}={value!r} is unknown; choose one of {', '.join(allowed)}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"ROAD: alpha={alpha} must lie in [0, 1]")
-        if alpha > 0 and reference is None:
-            raise ValueError(f"ROAD: alpha={alpha} needs the critic of a PPO run: give reference=FILE.zip, or alpha=0")
+        for key, unused in {"label_replay": 0, "label_fraction": 1.0}.items():
+            if kwargs.get(key, unused) != unused:
+                raise ValueError(f"ROAD: {key}={kwargs[key]} is for a teacher's labels, and ROAD asks no teacher")
         if eta <= 0 or weight_clip <= 0:
             raise ValueError(f"ROAD: eta={eta} and weight_clip={weight_clip} must be positive")
         self.reference, self.alpha, self.gate, self.positive_only = reference, alpha, gate, positive_only
@@ -94,8 +95,12 @@ class ROAD(OnPolicyDistillation):
     def _setup_model(self) -> None:
         if not isinstance(self.action_space, spaces.MultiDiscrete):
             raise ValueError(f"ROAD needs action tokens, got {self.action_space}; wrap the env in ActionTokens")
+        if self.alpha > 0 and self.reference is None:  # not in the constructor: SB3 calls that with defaults to load
+            raise ValueError(
+                f"ROAD: alpha={self.alpha} needs the critic of a PPO run: give reference=FILE.zip, or alpha=0"
+            )
         super()._setup_model()
-        self._critic = None if self.alpha == 0 else self._load_critic()
+        self._critic: Any = None if self.alpha == 0 else self._load_critic()
 
     def _load_critic(self) -> Any:
         """The frozen policy whose values are the reference."""

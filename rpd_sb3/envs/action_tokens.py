@@ -25,8 +25,8 @@ class ActionTokens(gym.ActionWrapper):
             isinstance(space, spaces.Box) and space.shape and len(space.shape) == 1 and _is_unit(space.low, space.high)
         ):
             raise ValueError(
-                f"ActionTokens bins actions in [-1, 1], but the environment takes {space}; wrap it in "
-                "gymnasium.wrappers.RescaleAction(env, -1.0, 1.0) first"
+                f"ActionTokens bins actions of Box(-1, 1, (A,)), but the environment takes {space}; if only the bounds "
+                "differ, wrap it in gymnasium.wrappers.RescaleAction(env, -1.0, 1.0) first"
             )
         if n_bins < 2:
             raise ValueError(f"ActionTokens: n_bins={n_bins} must be at least 2")

@@ -41,6 +41,7 @@ def begin_groups(venv: VecEnv, group_size: int, rng: np.random.Generator) -> Non
     :raises ValueError: if the environments cannot do that
     """
     check_groups(venv, group_size)
+    venv.unwrapped._reset_seeds()  # one of VecEnv.seed that no reset has taken yet would win over the group's
     for first in range(0, venv.num_envs, group_size):
         seed = int(rng.integers(2**31))
         venv.env_method("begin_group", seed, indices=range(first, first + group_size))

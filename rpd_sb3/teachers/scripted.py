@@ -109,9 +109,10 @@ class ScriptedTeacher(LocalTeacher):
         if self._n_bins is not None:
             prefix = query.actions if self._autoregressive else None
             if prefix is None and self._autoregressive:  # nobody acted: on the teacher's own tokens
-                prefix = to_tokens(labels["action"], self._n_bins)
-            log_probs = bin_log_probs(ways, self._std, self._n_bins)
-            labels["logits"] = conditional_logits(log_probs, None if prefix is None else np.asarray(prefix, np.int64))
+                prefix = labels["action"]
+            if prefix is not None and np.asarray(prefix).dtype.kind == "f":  # of a student without tokens
+                prefix = to_tokens(prefix, self._n_bins)
+            labels["logits"] = conditional_logits(bin_log_probs(ways, self._std, self._n_bins), prefix)
         if self._n_samples:
             mode = self._rng.integers(ways.shape[1], size=(self._n_samples, n))
             samples = ways[np.arange(n), mode] + self._rng.normal(0.0, self._std, (self._n_samples, n, ACTION_SIZE))

@@ -1,0 +1,88 @@
+"""Training runs as the cells of a table: each is one ``python -m rpd_sb3.train`` in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+"""row, label, seed, command and result of a cell."""
+
+
+class Cell(NamedTuple):
+    """One training run."""
+
+    row: str
+    label: str
+    arguments: list[str]
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.row}/{self.label.replace(' ', '_')}/seed{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        return ["-m", "rpd_sb3.train", *self.arguments, "--seed", str(self.seed), "--no-video", "--no-progress"]
+
+
+def complete_result(folder: Path) -> dict[str, Any] | None:
+    """The result of the run in this folder that went to its end; None if there is none yet."""
+    results = [json.loads(path.read_text()) for path in folder.glob("*/*/result.json")]
+    return next((result for result in results if result["complete"]), None)
+
+
+def train(cell: Cell, root: Path) -> dict[str, Any]:
+    """Train one cell unless that is done already; its result.json and evaluation curve."""
+    folder = root / cell.folder
+    result = complete_result(folder)
+    if result is None:
+        command = [sys.executable, *cell.command, "-f", str(folder)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "w") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+        result = complete_result(folder)
+        assert result is not None, "a run that ends well has a complete result.json"
+    command = shlex.join(["python", *cell.command])
+    print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
+    return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}
+
+
+def mean_and_range(values: list[float]) -> str:
+    """``93 % (88 to 97)``"""
+    return f"{statistics.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+
+
+def run(
+    todo: Iterable[Cell], root: Path, results: Path, jobs: int, extra: Callable[[Path], Record] | None = None
+) -> list[Record]:
+    """Train the cells that are not complete yet, and write what there is to the results after each of them.
+
+    :param todo: cells
+    :param root: where the run folders go
+    :param results: JSON file of all records, those of other cells included
+    :param jobs: runs at a time
+    :param extra: more entries of a record, read from the run folder
+    """
+    records = load(results)
+    with ThreadPoolExecutor(jobs) as pool:
+        for cell, record in pool.map(lambda cell: (cell, train(cell, root)), todo):
+            if extra is not None:
+                record |= extra(next((root / cell.folder).glob("*/*/result.json")).parent)
+            same = ("row", "label", "seed")
+            records = [r for r in records if any(r[key] != record[key] for key in same)] + [record]
+            results.parent.mkdir(exist_ok=True)
+            results.write_text(json.dumps(records, indent=1) + "\n")
+    return records
+
+
+def load(results: Path) -> list[Record]:
+    """All records; none if there is no such file yet."""
+    return json.loads(results.read_text()) if results.is_file() else []

@@ -1,0 +1,136 @@
+"""Action tokens on PickCube and PushCube, sparse reward, state observations: the tables of docs/tokens.md.
+
+    python benchmarks/token_distillation.py                     # everything, about 3 hours, 2 runs at a time
+    python benchmarks/token_distillation.py --rows divergence   # one table
+    python benchmarks/token_distillation.py --tables-only       # print the tables from what is there
+
+Each cell is one ``python -m rpd_sb3.train``; its command is in benchmarks/results/token_distillation.json. Rows that begin
+with a warm start record demonstrations and clone them first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from harness import Cell, Record, load, mean_and_range, run
+
+RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
+OFTEN = ["--eval-freq", "2560", "--eval-episodes", "24", "--vec-env", "dummy"]
+COLUMNS = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "top1_agreement")
+COLUMNS_ROAD = ("entropy", "mean_weight", "mean_abs_weight", "clipped_weights", "critic_agreement", "distill_kl")
+DIVERGENCES = ("reverse_kl", "forward_kl", "hard_ce", "jsd")
+
+
+def opd(*params: str, env: str = "PickCube-v1", n: int = 20_000) -> list[str]:
+    """Arguments of a run of OPD."""
+    arguments = ["--algo", "opd", "--env", env, "-n", str(n), *OFTEN]
+    return [*arguments, "-params", *params] if params else arguments
+
+
+def divergence_cells(seed: int) -> list[Cell]:
+    return [Cell("divergence", name, opd(f"divergence:{name}"), seed) for name in DIVERGENCES] + [
+        Cell("divergence", "reverse_kl sampled", opd("estimator:sampled", n=50_000), seed)
+    ]
+
+
+def floor_cells(seed: int) -> list[Cell]:
+    """A sharp teacher, std 0.02: about four bins wide."""
+    sharp = "teacher_kwargs.std:0.02"
+    return [
+        Cell("floor", floor, opd(sharp, f"teacher_floor:{floor}"), seed) for floor in ("0.0", "0.001", "0.01", "0.1")
+    ]
+
+
+def mind_cells(seed: int) -> list[Cell]:
+    """A teacher of two minds, whose tokens are scored one by one."""
+    two = ("teacher_kwargs.detour:0.5", "teacher_kwargs.autoregressive:false")
+    return [Cell("two minds", name, opd(f"divergence:{name}", *two), seed) for name in DIVERGENCES]
+
+
+def group_cells(seed: int) -> list[Cell]:
+    return [
+        Cell("groups", f"G = {size}", opd(f"group_size:{size}", "n_steps:50", "batch_size:50"), seed)
+        for size in (1, 2, 4, 8)
+    ]
+
+
+ROWS: dict[str, Callable[[int], list[Cell]]] = {
+    "divergence": divergence_cells,
+    "floor": floor_cells,
+    "two minds": mind_cells,
+    "groups": group_cells,
+}
+
+
+def extra(folder: Path) -> Record:
+    """Success and logged values along training."""
+    with np.load(folder / "evaluations.npz") as file:
+        curve = {"timesteps": file["timesteps"].tolist(), "success": file["successes"].mean(axis=1).tolist()}
+    with open(folder / "progress.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line.get("train/loss")]
+    every = max(len(lines) // 20, 1)
+    logged = {
+        name: [[int(line["time/total_timesteps"]), float(line[f"train/{name}"])] for line in lines[::every]]
+        for name in (*COLUMNS, *COLUMNS_ROAD)
+        if lines and lines[0].get(f"train/{name}")
+    }
+    return {"curve": curve, "logged": logged}
+
+
+def steps_to(record: Record, success: float) -> int | None:
+    """Environment steps at the first evaluation with this success rate; None if there is none."""
+    curve = record["curve"]
+    return next((n for n, rate in zip(curve["timesteps"], curve["success"]) if rate >= success), None)
+
+
+def median_steps(records: list[Record], success: float) -> str:
+    """``12,288 (10,240 to 15,360)``, or how many seeds got there."""
+    steps = [n for record in records if (n := steps_to(record, success)) is not None]
+    if len(steps) < len(records):
+        return f"{len(steps)} of {len(records)} seeds"
+    return f"{statistics.median(steps):,.0f} ({min(steps):,} to {max(steps):,})"
+
+
+def last(record: Record, name: str) -> float:
+    """The last value that was logged."""
+    return float(record["logged"][name][-1][1])
+
+
+def table(row: str, records: list[Record]) -> str:
+    """One row per label, over seeds: final success, steps to 90 %, what was logged last."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record["row"] == row:
+            groups.setdefault(record["label"], []).append(record)
+    names = [n for n in COLUMNS if all(n in r["logged"] for group in groups.values() for r in group)]
+    lines = [
+        f"| {row} | success at the end | env steps to 90 % | {' | '.join(names)} | seeds |".replace("_", " "),
+        "|---" * (4 + len(names)) + "|",
+    ]
+    for label, group in groups.items():
+        success = mean_and_range([r["result"]["student"]["success_once"] for r in group])
+        values = " | ".join(f"{statistics.mean(last(r, n) for r in group):.2f}" for n in names)
+        lines.append(f"| {label} | {success} | {median_steps(group, 0.9)} | {values} | {len(group)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--root", type=Path, default=Path("logs/tokens"), help="where the run folders go")
+    parser.add_argument("--tables-only", action="store_true")
+    args = parser.parse_args()
+    todo = [cell for seed in args.seeds for row in args.rows for cell in ROWS[row](seed)]
+    records = load(RESULTS) if args.tables_only else run(todo, args.root, RESULTS, args.jobs, extra)
+    print("\n\n".join(table(row, records) for row in args.rows))
+
+
+if __name__ == "__main__":
+    main()
