@@ -13,32 +13,35 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from harness import Cell, Record, load, mean_and_range, run
+from harness import Cell, Record, load, mean_and_range, run, train
 
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
+RARELY = ["--eval-freq", "10000", "--eval-episodes", "48", "--vec-env", "dummy"]
 OFTEN = ["--eval-freq", "2560", "--eval-episodes", "24", "--vec-env", "dummy"]
 COLUMNS = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "top1_agreement")
 COLUMNS_ROAD = ("entropy", "mean_weight", "mean_abs_weight", "clipped_weights", "critic_agreement", "distill_kl")
 DIVERGENCES = ("reverse_kl", "forward_kl", "hard_ce", "jsd")
 
 
-def opd(*params: str, env: str = "PickCube-v1", n: int = 20_000) -> list[str]:
+def opd(*params: str, env: str = "PickCube-v1", n: int = 15_000) -> list[str]:
     """Arguments of a run of OPD."""
     arguments = ["--algo", "opd", "--env", env, "-n", str(n), *OFTEN]
     return [*arguments, "-params", *params] if params else arguments
 
 
-def divergence_cells(seed: int) -> list[Cell]:
+def divergence_cells(seed: int, root: Path) -> list[Cell]:
     return [Cell("divergence", name, opd(f"divergence:{name}"), seed) for name in DIVERGENCES] + [
         Cell("divergence", "reverse_kl sampled", opd("estimator:sampled", n=50_000), seed)
     ]
 
 
-def floor_cells(seed: int) -> list[Cell]:
+def floor_cells(seed: int, root: Path) -> list[Cell]:
     """A sharp teacher, std 0.02: about four bins wide."""
     sharp = "teacher_kwargs.std:0.02"
     return [
@@ -46,23 +49,88 @@ def floor_cells(seed: int) -> list[Cell]:
     ]
 
 
-def mind_cells(seed: int) -> list[Cell]:
+def mind_cells(seed: int, root: Path) -> list[Cell]:
     """A teacher of two minds, whose tokens are scored one by one."""
     two = ("teacher_kwargs.detour:0.5", "teacher_kwargs.autoregressive:false")
     return [Cell("two minds", name, opd(f"divergence:{name}", *two), seed) for name in DIVERGENCES]
 
 
-def group_cells(seed: int) -> list[Cell]:
+def group_cells(seed: int, root: Path) -> list[Cell]:
     return [
         Cell("groups", f"G = {size}", opd(f"group_size:{size}", "n_steps:50", "batch_size:50"), seed)
         for size in (1, 2, 4, 8)
     ]
 
 
-ROWS: dict[str, Callable[[int], list[Cell]]] = {
+def warm_start(env: str, root: Path) -> Path:
+    """A student that half-works: 500 episodes of a slightly noisy teacher, cloned."""
+    folder = root / "warm" / env
+    models = folder / "sft" / f"{env}_1" / f"{env}.zip"
+    if not models.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        demos = str(folder / "demos.npz")
+        record = ["--env", env, "--teacher", "scripted", "--teacher-kwargs", "noise:0.1", "-n", "500", "--out", demos]
+        clone = ["--algo", "sft", "--env", env, "--eval-freq", "0", "--eval-episodes", "100", "--no-video"]
+        params = ["-f", str(folder), "-params", f"demonstrations:{demos}"]
+        for command in (["rpd_sb3.collect", *record, "--overwrite"], ["rpd_sb3.train", *clone, *params]):
+            subprocess.run([sys.executable, "-m", *command], check=True)
+    return models
+
+
+def then_cells(seed: int, root: Path) -> list[Cell]:
+    """All from the same warm start: the teacher, the reward, and one after the other."""
+    params = ["-params", f"warm_start:{warm_start('PickCube-v1', root)}"]
+    sizes = ["group_size:8", "n_envs:32", "n_steps:50", "batch_size:50", "then:grpo", "then_on:step", "then_value:8000"]
+    grpo = ["--algo", "grpo", "--env", "PickCube-v1", "-n", "150000", *RARELY]
+    return [
+        Cell("then", "OPD", [*opd(n=15_000), *params], seed),
+        Cell("then", "OPD then GRPO", [*opd(n=40_000), *params, *sizes, "reward_learning_rate:3e-4"], seed),
+        Cell("then", "GRPO", [*grpo, *params], seed),
+    ]
+
+
+def road_cells(seed: int, root: Path) -> list[Cell]:
+    """PPO and ROAD from the same warm start at equal steps; the reference critic is that of the PPO run."""
+    found = []
+    for env in ("PickCube-v1", "PushCube-v1"):
+        start = f"warm_start:{warm_start(env, root)}"
+        common = ["--env", env, "-n", "50000", *RARELY]
+        ppo = Cell("road", f"PPO {env}", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
+        train(ppo, root)
+        reference = next((root / ppo.folder).glob(f"*/*/{env}.zip"))
+        variants = {
+            "ROAD": (),
+            "ROAD, JSD": ("divergence:jsd",),
+            "ROAD, no gate": ("gate:false",),
+            "ROAD, positive only": ("positive_only:true",),
+            "ROAD, alpha 0": ("alpha:0",),
+            "ROAD, alpha 1": ("alpha:1",),
+            "ROAD, Algorithm 1": ("ppo_coef:0", "token_reduction:sum"),
+        }
+        found.append(ppo)
+        for name, changes in variants.items():
+            params = ["-params", start, f"reference:{reference}", "alpha:0.5", *changes]
+            found.append(Cell("road", f"{name} {env}", ["--algo", "road", *common, *params], seed))
+    return found
+
+
+def ppd_cells(seed: int, root: Path) -> list[Cell]:
+    """Continuous actions: a teacher of one mind, and one of two, as the Gaussian of ten samples."""
+    ppd = ["--algo", "ppd", "--env", "PickCube-v1", "-n", "30000", *RARELY]
+    return [
+        Cell("ppd", f"{direction}, {name}", [*ppd, "-params", f"direction:{direction}", *changes], seed)
+        for direction in ("forward", "reverse")
+        for name, changes in {"one mind": (), "two minds": ("teacher_kwargs.detour:0.5",)}.items()
+    ]
+
+
+ROWS: dict[str, Callable[[int, Path], list[Cell]]] = {
     "divergence": divergence_cells,
     "floor": floor_cells,
     "two minds": mind_cells,
+    "then": then_cells,
+    "ppd": ppd_cells,
+    "road": road_cells,
     "groups": group_cells,
 }
 
@@ -127,7 +195,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("logs/tokens"), help="where the run folders go")
     parser.add_argument("--tables-only", action="store_true")
     args = parser.parse_args()
-    todo = [cell for seed in args.seeds for row in args.rows for cell in ROWS[row](seed)]
+    todo = [cell for seed in args.seeds for row in args.rows for cell in ROWS[row](seed, args.root)]
     records = load(RESULTS) if args.tables_only else run(todo, args.root, RESULTS, args.jobs, extra)
     print("\n\n".join(table(row, records) for row in args.rows))
 

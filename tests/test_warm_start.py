@@ -150,7 +150,7 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> Non
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-100])
-    refuses(saved, "(?s).*")
+    refuses(saved, "")
 
 
 def test_damaged_bytes_of_the_weights_are_refused(saved: Path) -> None:
