@@ -22,10 +22,12 @@ import numpy as np
 from harness import Cell, Record, load, mean_and_range, run, train
 
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
-RARELY = ["--eval-freq", "10000", "--eval-episodes", "48", "--vec-env", "dummy"]
+RARELY = ["--eval-freq", "10000", "--eval-episodes", "24", "--vec-env", "dummy"]
 OFTEN = ["--eval-freq", "2560", "--eval-episodes", "24", "--vec-env", "dummy"]
 COLUMNS = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "top1_agreement")
 COLUMNS_ROAD = ("entropy", "mean_weight", "mean_abs_weight", "clipped_weights", "critic_agreement", "distill_kl")
+WARM = {"PickCube-v1": ("500", "500000"), "PushCube-v1": ("60", "100000")}
+"""Demonstrations and transitions to train on, so that the student half-works."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "hard_ce", "jsd")
 
 
@@ -36,9 +38,9 @@ def opd(*params: str, env: str = "PickCube-v1", n: int = 15_000) -> list[str]:
 
 
 def divergence_cells(seed: int, root: Path) -> list[Cell]:
-    return [Cell("divergence", name, opd(f"divergence:{name}"), seed) for name in DIVERGENCES] + [
-        Cell("divergence", "reverse_kl sampled", opd("estimator:sampled", n=50_000), seed)
-    ]
+    long = {"hard_ce": 30_000}
+    full = [Cell("divergence", name, opd(f"divergence:{name}", n=long.get(name, 15_000)), seed) for name in DIVERGENCES]
+    return [*full, Cell("divergence", "reverse_kl sampled", opd("estimator:sampled", n=30_000), seed)]
 
 
 def floor_cells(seed: int, root: Path) -> list[Cell]:
@@ -63,14 +65,27 @@ def group_cells(seed: int, root: Path) -> list[Cell]:
 
 
 def warm_start(env: str, root: Path) -> Path:
-    """A student that half-works: 500 episodes of a slightly noisy teacher, cloned."""
+    """A student that half-works: a clone of a slightly noisy teacher."""
+    n_demos, n_transitions = WARM[env]
     folder = root / "warm" / env
     models = folder / "sft" / f"{env}_1" / f"{env}.zip"
     if not models.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         demos = str(folder / "demos.npz")
-        record = ["--env", env, "--teacher", "scripted", "--teacher-kwargs", "noise:0.1", "-n", "500", "--out", demos]
-        clone = ["--algo", "sft", "--env", env, "--eval-freq", "0", "--eval-episodes", "100", "--no-video"]
+        record = ["--env", env, "--teacher", "scripted", "--teacher-kwargs", "noise:0.1", "-n", n_demos, "--out", demos]
+        clone = [
+            "--algo",
+            "sft",
+            "--env",
+            env,
+            "-n",
+            n_transitions,
+            "--eval-freq",
+            "0",
+            "--eval-episodes",
+            "100",
+            "--no-video",
+        ]
         params = ["-f", str(folder), "-params", f"demonstrations:{demos}"]
         for command in (["rpd_sb3.collect", *record, "--overwrite"], ["rpd_sb3.train", *clone, *params]):
             subprocess.run([sys.executable, "-m", *command], check=True)
@@ -81,10 +96,10 @@ def then_cells(seed: int, root: Path) -> list[Cell]:
     """All from the same warm start: the teacher, the reward, and one after the other."""
     params = ["-params", f"warm_start:{warm_start('PickCube-v1', root)}"]
     sizes = ["group_size:8", "n_envs:32", "n_steps:50", "batch_size:50", "then:grpo", "then_on:step", "then_value:8000"]
-    grpo = ["--algo", "grpo", "--env", "PickCube-v1", "-n", "150000", *RARELY]
+    grpo = ["--algo", "grpo", "--env", "PickCube-v1", "-n", "60000", *RARELY]
     return [
         Cell("then", "OPD", [*opd(n=15_000), *params], seed),
-        Cell("then", "OPD then GRPO", [*opd(n=40_000), *params, *sizes, "reward_learning_rate:3e-4"], seed),
+        Cell("then", "OPD then GRPO", [*opd(n=30_000), *params, *sizes, "reward_learning_rate:5e-5"], seed),
         Cell("then", "GRPO", [*grpo, *params], seed),
     ]
 
@@ -94,7 +109,7 @@ def road_cells(seed: int, root: Path) -> list[Cell]:
     found = []
     for env in ("PickCube-v1", "PushCube-v1"):
         start = f"warm_start:{warm_start(env, root)}"
-        common = ["--env", env, "-n", "50000", *RARELY]
+        common = ["--env", env, "-n", "30000", *RARELY]
         ppo = Cell("road", f"PPO {env}", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
         train(ppo, root)
         reference = next((root / ppo.folder).glob(f"*/*/{env}.zip"))
