@@ -32,27 +32,35 @@ class Cell(NamedTuple):
     def command(self) -> list[str]:
         return ["-m", "rpd_sb3.train", *self.arguments, "--seed", str(self.seed), "--no-video", "--no-progress"]
 
+    @property
+    def text(self) -> str:
+        """The command as one would type it."""
+        return shlex.join(["python", *self.command])
 
-def complete_result(folder: Path) -> dict[str, Any] | None:
-    """The result of the run in this folder that went to its end; None if there is none yet."""
-    results = [json.loads(path.read_text()) for path in folder.glob("*/*/result.json")]
-    return next((result for result in results if result["complete"]), None)
+
+def complete_run(cell: Cell, root: Path) -> Path | None:
+    """The folder of the run of this very command that went to its end; None if there is none yet."""
+    for path in (root / cell.folder).glob("*/*/result.json"):
+        command = (path.parent / "command.txt").read_text()
+        if json.loads(path.read_text())["complete"] and command.startswith(cell.text):
+            return path.parent
+    return None
 
 
 def train(cell: Cell, root: Path) -> dict[str, Any]:
-    """Train one cell unless that is done already; its result.json and evaluation curve."""
+    """Train one cell unless that is done already."""
     folder = root / cell.folder
-    result = complete_result(folder)
-    if result is None:
+    run_folder = complete_run(cell, root)
+    if run_folder is None:
         command = [sys.executable, *cell.command, "-f", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-        result = complete_result(folder)
-        assert result is not None, "a run that ends well has a complete result.json"
-    command = shlex.join(["python", *cell.command])
+        run_folder = complete_run(cell, root)
+        assert run_folder is not None, "a run that ends well has a complete result.json"
+    result = json.loads((run_folder / "result.json").read_text())
     print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
-    return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}
+    return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": cell.text, "result": result}
 
 
 def mean_and_range(values: list[float]) -> str:
@@ -75,7 +83,9 @@ def run(
     with ThreadPoolExecutor(jobs) as pool:
         for cell, record in pool.map(lambda cell: (cell, train(cell, root)), todo):
             if extra is not None:
-                record |= extra(next((root / cell.folder).glob("*/*/result.json")).parent)
+                run_folder = complete_run(cell, root)
+                assert run_folder is not None
+                record |= extra(run_folder)
             same = ("row", "label", "seed")
             records = [r for r in records if any(r[key] != record[key] for key in same)] + [record]
             results.parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from harness import Cell, Record, load, mean_and_range, run, train
+from harness import Cell, Record, complete_run, load, mean_and_range, run, train
 
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
 RARELY = ["--eval-freq", "10000", "--eval-episodes", "24", "--vec-env", "dummy"]
@@ -31,7 +31,7 @@ WARM = {"PickCube-v1": ("500", "500000"), "PushCube-v1": ("60", "100000")}
 DIVERGENCES = ("reverse_kl", "forward_kl", "hard_ce", "jsd")
 
 
-def opd(*params: str, env: str = "PickCube-v1", n: int = 15_000) -> list[str]:
+def opd(*params: str, env: str = "PickCube-v1", n: int = 20_000) -> list[str]:
     """Arguments of a run of OPD."""
     arguments = ["--algo", "opd", "--env", env, "-n", str(n), *OFTEN]
     return [*arguments, "-params", *params] if params else arguments
@@ -39,7 +39,7 @@ def opd(*params: str, env: str = "PickCube-v1", n: int = 15_000) -> list[str]:
 
 def divergence_cells(seed: int, root: Path) -> list[Cell]:
     long = {"hard_ce": 30_000}
-    full = [Cell("divergence", name, opd(f"divergence:{name}", n=long.get(name, 15_000)), seed) for name in DIVERGENCES]
+    full = [Cell("divergence", name, opd(f"divergence:{name}", n=long.get(name, 20_000)), seed) for name in DIVERGENCES]
     return [*full, Cell("divergence", "reverse_kl sampled", opd("estimator:sampled", n=30_000), seed)]
 
 
@@ -112,7 +112,8 @@ def road_cells(seed: int, root: Path) -> list[Cell]:
         common = ["--env", env, "-n", "30000", *RARELY]
         ppo = Cell("road", f"PPO {env}", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
         train(ppo, root)
-        reference = next((root / ppo.folder).glob(f"*/*/{env}.zip"))
+        run_folder = complete_run(ppo, root)
+        assert run_folder is not None
         variants = {
             "ROAD": (),
             "ROAD, JSD": ("divergence:jsd",),
@@ -124,7 +125,7 @@ def road_cells(seed: int, root: Path) -> list[Cell]:
         }
         found.append(ppo)
         for name, changes in variants.items():
-            params = ["-params", start, f"reference:{reference}", "alpha:0.5", *changes]
+            params = ["-params", start, f"reference:{run_folder / env}.zip", "alpha:0.5", *changes]
             found.append(Cell("road", f"{name} {env}", ["--algo", "road", *common, *params], seed))
     return found
 
