@@ -95,11 +95,16 @@ def warm_start(env: str, root: Path) -> Path:
 def then_cells(seed: int, root: Path) -> list[Cell]:
     """All from the same warm start: the teacher, the reward, and one after the other."""
     params = ["-params", f"warm_start:{warm_start('PickCube-v1', root)}"]
-    sizes = ["group_size:8", "n_envs:32", "n_steps:50", "batch_size:50", "then:grpo", "then_on:step", "then_value:8000"]
+    sizes = ["group_size:8", "n_steps:50", "batch_size:100", "then:grpo", "then_on:step", "then_value:12000"]
     grpo = ["--algo", "grpo", "--env", "PickCube-v1", "-n", "60000", *RARELY]
     return [
         Cell("then", "OPD", [*opd(n=15_000), *params], seed),
-        Cell("then", "OPD then GRPO", [*opd(n=30_000), *params, *sizes, "reward_learning_rate:5e-5"], seed),
+        Cell(
+            "then",
+            "OPD then GRPO",
+            [*opd(n=30_000), *params, *sizes, "reward_learning_rate:5e-5", "target_kl:0.03"],
+            seed,
+        ),
         Cell("then", "GRPO", [*grpo, *params], seed),
     ]
 

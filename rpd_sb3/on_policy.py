@@ -217,6 +217,7 @@ class OnPolicyDistillation(PPO):
         self._update_learning_rate(self.policy.optimizer)
         if self._handed_over and self.reward_learning_rate is not None:
             update_learning_rate(self.policy.optimizer, self.reward_learning_rate)
+            self.logger.record("train/learning_rate", self.reward_learning_rate)
         self._gather_labels()
         self.prepare_rollout()
         buffer: Any = self.rollout_buffer
