@@ -59,7 +59,7 @@ def mind_cells(seed: int, root: Path) -> list[Cell]:
 
 def group_cells(seed: int, root: Path) -> list[Cell]:
     return [
-        Cell("groups", f"G = {size}", opd(f"group_size:{size}", "n_steps:50", "batch_size:50"), seed)
+        Cell("groups", f"G = {size}", opd(f"group_size:{size}", "n_envs:32", "n_steps:50"), seed)
         for size in (1, 2, 4, 8)
     ]
 
@@ -95,7 +95,15 @@ def warm_start(env: str, root: Path) -> Path:
 def then_cells(seed: int, root: Path) -> list[Cell]:
     """All from the same warm start: the teacher, the reward, and one after the other."""
     params = ["-params", f"warm_start:{warm_start('PickCube-v1', root)}"]
-    sizes = ["group_size:8", "n_steps:50", "batch_size:100", "then:grpo", "then_on:step", "then_value:12000"]
+    sizes = [
+        "group_size:4",
+        "n_envs:32",
+        "n_steps:50",
+        "batch_size:100",
+        "then:grpo",
+        "then_on:step",
+        "then_value:12000",
+    ]
     grpo = ["--algo", "grpo", "--env", "PickCube-v1", "-n", "60000", *RARELY]
     return [
         Cell("then", "OPD", [*opd(n=15_000), *params], seed),

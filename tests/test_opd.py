@@ -88,8 +88,10 @@ def sampled_log_ratio(model: OPD) -> np.ndarray:
 
 
 @both
-def test_sampled_advantage_is_the_log_ratio_and_nothing_else(policy: Any) -> None:
-    model = collected(peaked(make(policy, estimator="sampled", teacher_floor=0.0, reward=3.0)))
+@pytest.mark.parametrize("then", [None, "grpo"])
+def test_sampled_advantage_is_the_log_ratio_and_nothing_else(policy: Any, then: str | None) -> None:
+    kwargs: Any = {"estimator": "sampled", "teacher_floor": 0.0, "reward": 3.0, "then": then, "group_size": 2}
+    model = collected(peaked(make(policy, **kwargs)))
     expected = sampled_log_ratio(model)
     model.prepare_rollout()
     np.testing.assert_allclose(model.rollout_buffer.advantages, expected, rtol=1e-5, atol=1e-5)

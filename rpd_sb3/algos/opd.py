@@ -137,7 +137,9 @@ class OPD(GRPO):
 
     def _setup_model(self) -> None:
         if not isinstance(self.action_space, spaces.MultiDiscrete):
-            raise ValueError(f"OPD needs action tokens, got {self.action_space}; wrap the env in ActionTokens")
+            raise ValueError(
+                f"OPD needs action tokens, got {self.action_space}; wrap the env in ActionTokens (--env-kwargs tokens:true)"
+            )
         super()._setup_model()
 
     def collect_rollouts(

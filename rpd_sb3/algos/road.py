@@ -94,7 +94,9 @@ class ROAD(OnPolicyDistillation):
 
     def _setup_model(self) -> None:
         if not isinstance(self.action_space, spaces.MultiDiscrete):
-            raise ValueError(f"ROAD needs action tokens, got {self.action_space}; wrap the env in ActionTokens")
+            raise ValueError(
+                f"ROAD needs action tokens, got {self.action_space}; wrap the env in ActionTokens (--env-kwargs tokens:true)"
+            )
         if self.alpha > 0 and self.reference is None:  # not in the constructor: SB3 calls that with defaults to load
             raise ValueError(
                 f"ROAD: alpha={self.alpha} needs the critic of a PPO run: give reference=FILE.zip, or alpha=0"
