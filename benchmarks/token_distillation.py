@@ -170,12 +170,12 @@ def extra(folder: Path) -> Record:
         curve = {"timesteps": file["timesteps"].tolist(), "success": file["successes"].mean(axis=1).tolist()}
     with open(folder / "progress.csv", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line.get("train/loss")]
-    every = max(len(lines) // 20, 1)
-    logged = {
-        name: [[int(line["time/total_timesteps"]), float(line[f"train/{name}"])] for line in lines[::every]]
-        for name in (*COLUMNS, *COLUMNS_ROAD)
-        if lines and lines[0].get(f"train/{name}")
-    }
+    logged = {}
+    for name in (*COLUMNS, *COLUMNS_ROAD):
+        pairs = [(line["time/total_timesteps"], line.get(f"train/{name}")) for line in lines]
+        values = [[int(n), float(value)] for n, value in pairs if value]
+        if values:
+            logged[name] = values[:: max(len(values) // 20, 1)]
     return {"curve": curve, "logged": logged}
 
 
