@@ -59,8 +59,8 @@ def check(argv: Sequence[str]) -> Any:
     for name, minimum in AT_LEAST.items():
         if (value := getattr(args, name)) is not None and value < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
-    from rpd_sb3.demonstrations import check_suffix
     from rpd_sb3.demonstration_formats import check_lerobot
+    from rpd_sb3.demonstrations import check_suffix
 
     if args.out is not None:
         path = Path(args.out)
@@ -110,8 +110,8 @@ class Job:
 
     def run(self, interrupt: Interrupt) -> int:
         """Record the episodes, write them, and say how it went."""
-        from rpd_sb3.demonstrations import record, save
         from rpd_sb3.demonstration_formats import export_lerobot
+        from rpd_sb3.demonstrations import record, save
 
         args, start, written = self.args, time.monotonic(), []
         try:

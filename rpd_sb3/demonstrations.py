@@ -20,9 +20,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
 from rpd_sb3.bins import to_actions, to_tokens
+from rpd_sb3.demonstration_formats import load_hdf5, save_hdf5
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import token_bins
-from rpd_sb3.demonstration_formats import load_hdf5, save_hdf5
 
 Observation = np.ndarray | dict[str, np.ndarray]
 

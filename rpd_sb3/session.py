@@ -231,7 +231,7 @@ def _model(
         assert config.policy is not None
         try:
             model = algo(
-                policy_class(config.policy, algo),  # type: ignore[arg-type]
+                policy_class(config.policy, algo),
                 venv,
                 seed=args["seed"],
                 device=args["device"],

@@ -12,8 +12,8 @@ import pytest
 from gymnasium import spaces
 
 from rpd_sb3 import collect
-from rpd_sb3.demonstrations import Demonstrations, load
 from rpd_sb3.demonstration_formats import export_lerobot
+from rpd_sb3.demonstrations import Demonstrations, load
 from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherError, TeacherSpec
 from tests.tiny_env import TINY, TinyEnv
 

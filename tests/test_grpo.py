@@ -317,3 +317,13 @@ def test_the_same_seed_gives_the_same_model() -> None:
     first, again, other = train(1), train(1), train(2)
     assert all(th.equal(value, again[name]) for name, value in first.items())
     assert not all(th.equal(value, other[name]) for name, value in first.items())
+
+
+def test_initial_states_follow_from_the_seed() -> None:
+    def initial(seed: int) -> list[float]:
+        with closing(make_vec_env(TINY, 2, vec_env="dummy")) as venv:
+            model = GRPO("MlpPolicy", venv, group_size=2, **{**SMALL, "seed": seed}).learn(12)
+        return model.rollout_buffer.observations.reshape(-1, 2)[0].tolist()
+
+    first, again, other = initial(1), initial(1), initial(2)
+    assert first == again != other

@@ -233,6 +233,12 @@ def test_the_rollouts_logits_stay_with_their_transitions(
         th.testing.assert_close(batch.labels["logits"], expected)
 
 
+def test_anchored_at_the_current_policy_no_logits_are_stored() -> None:
+    model = collected(make())
+    model.prepare_rollout()
+    assert model.rollout_buffer.labels.keys() == {"weight"}
+
+
 class OtherRatios(ROAD):
     """Believes that the rollout's actions had other probabilities, which only the surrogate looks at."""
 
