@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,20 @@ from harness import Cell, Record, complete_run, load, mean_and_range, run, train
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
 RARELY = ["--eval-freq", "10000", "--eval-episodes", "24", "--vec-env", "dummy"]
 OFTEN = ["--eval-freq", "2560", "--eval-episodes", "24", "--vec-env", "dummy"]
-COLUMNS = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "top1_agreement")
-COLUMNS_ROAD = ("entropy", "mean_weight", "mean_abs_weight", "clipped_weights", "critic_agreement", "distill_kl")
+COLUMNS = (
+    "success_rate",
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "top1_agreement",
+    "mean_weight",
+    "mean_abs_weight",
+    "clipped_weights",
+    "critic_agreement",
+    "distill_kl",
+)
+"""What is kept of progress.csv; success_rate is that of the last 100 training episodes, which sample their tokens."""
 WARM = {"PickCube-v1": ("500", "500000"), "PushCube-v1": ("60", "100000")}
 """Demonstrations and transitions to train on, so that the student half-works."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "hard_ce", "jsd")
@@ -117,29 +130,28 @@ def then_cells(seed: int, root: Path) -> list[Cell]:
     ]
 
 
-def road_cells(seed: int, root: Path) -> list[Cell]:
+def road_cells(env: str, seed: int, root: Path) -> list[Cell]:
     """PPO and ROAD from the same warm start at equal steps; the reference critic is that of the PPO run."""
-    found = []
-    for env in ("PickCube-v1", "PushCube-v1"):
-        start = f"warm_start:{warm_start(env, root)}"
-        common = ["--env", env, "-n", "30000", *RARELY]
-        ppo = Cell("road", f"PPO {env}", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
-        train(ppo, root)
-        run_folder = complete_run(ppo, root)
-        assert run_folder is not None
-        variants = {
-            "ROAD": (),
-            "ROAD, JSD": ("divergence:jsd",),
-            "ROAD, no gate": ("gate:false",),
-            "ROAD, positive only": ("positive_only:true",),
-            "ROAD, alpha 0": ("alpha:0",),
-            "ROAD, alpha 1": ("alpha:1",),
-            "ROAD, Algorithm 1": ("ppo_coef:0", "token_reduction:sum"),
-        }
-        found.append(ppo)
-        for name, changes in variants.items():
-            params = ["-params", start, f"reference:{run_folder / env}.zip", "alpha:0.5", *changes]
-            found.append(Cell("road", f"{name} {env}", ["--algo", "road", *common, *params], seed))
+    row = f"road {env.partition('-')[0]}"
+    start = f"warm_start:{warm_start(env, root)}"
+    common = ["--env", env, "-n", "30000", *RARELY]
+    ppo = Cell(row, "PPO", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
+    train(ppo, root)
+    run_folder = complete_run(ppo, root)
+    assert run_folder is not None
+    variants = {
+        "ROAD": (),
+        "JSD": ("divergence:jsd",),
+        "no gate": ("gate:false",),
+        "positive only": ("positive_only:true",),
+        "alpha 0": ("alpha:0",),
+        "alpha 1": ("alpha:1",),
+        "Algorithm 1": ("ppo_coef:0", "token_reduction:sum"),
+    }
+    found = [ppo]
+    for name, changes in variants.items():
+        params = ["-params", start, f"reference:{run_folder / env}.zip", "alpha:0.5", *changes]
+        found.append(Cell(row, name, ["--algo", "road", *common, *params], seed))
     return found
 
 
@@ -159,7 +171,8 @@ ROWS: dict[str, Callable[[int, Path], list[Cell]]] = {
     "two minds": mind_cells,
     "then": then_cells,
     "ppd": ppd_cells,
-    "road": road_cells,
+    "road PickCube": partial(road_cells, "PickCube-v1"),
+    "road PushCube": partial(road_cells, "PushCube-v1"),
     "groups": group_cells,
 }
 
@@ -169,13 +182,13 @@ def extra(folder: Path) -> Record:
     with np.load(folder / "evaluations.npz") as file:
         curve = {"timesteps": file["timesteps"].tolist(), "success": file["successes"].mean(axis=1).tolist()}
     with open(folder / "progress.csv", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line.get("train/loss")]
+        lines = list(csv.DictReader(file))
     logged = {}
-    for name in (*COLUMNS, *COLUMNS_ROAD):
-        pairs = [(line["time/total_timesteps"], line.get(f"train/{name}")) for line in lines]
-        values = [[int(n), float(value)] for n, value in pairs if value]
+    for name in COLUMNS:
+        key = f"{'rollout' if name == 'success_rate' else 'train'}/{name}"
+        values = [[int(line["time/total_timesteps"]), float(line[key])] for line in lines if line.get(key)]
         if values:
-            logged[name] = values[:: max(len(values) // 20, 1)]
+            logged[name] = values[:: -max(len(values) // 20, 1)][::-1]
     return {"curve": curve, "logged": logged}
 
 
@@ -193,9 +206,10 @@ def median_steps(records: list[Record], success: float) -> str:
     return f"{statistics.median(steps):,.0f} ({min(steps):,} to {max(steps):,})"
 
 
-def last(record: Record, name: str) -> float:
-    """The last value that was logged."""
-    return float(record["logged"][name][-1][1])
+def mean_of_last(records: list[Record], name: str) -> str:
+    """Mean over seeds of the last value that was logged."""
+    values = [record["logged"][name][-1][1] for record in records if name in record["logged"]]
+    return f"{statistics.mean(values):.2f}" if values else "-"
 
 
 def table(row: str, records: list[Record]) -> str:
@@ -204,14 +218,15 @@ def table(row: str, records: list[Record]) -> str:
     for record in records:
         if record["row"] == row:
             groups.setdefault(record["label"], []).append(record)
-    names = [n for n in COLUMNS if all(n in r["logged"] for group in groups.values() for r in group)]
+    found = [r["logged"] for group in groups.values() for r in group]
+    names = [name for name in COLUMNS if any(name in logged for logged in found)]
     lines = [
         f"| {row} | success at the end | env steps to 90 % | {' | '.join(names)} | seeds |".replace("_", " "),
         "|---" * (4 + len(names)) + "|",
     ]
     for label, group in groups.items():
         success = mean_and_range([r["result"]["student"]["success_once"] for r in group])
-        values = " | ".join(f"{statistics.mean(last(r, n) for r in group):.2f}" for n in names)
+        values = " | ".join(mean_of_last(group, name) for name in names)
         lines.append(f"| {label} | {success} | {median_steps(group, 0.9)} | {values} | {len(group)} |")
     return "\n".join(lines)
 
