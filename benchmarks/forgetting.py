@@ -35,7 +35,8 @@ NETWORK: dict[str, Any] = {
     "net_arch": [256, 256],
     "activation_fn": th.nn.ReLU,
 }
-METHODS = ("sft", "grpo", "opd")
+METHODS = {"sft": 200_000, "grpo": 80_000, "opd": 20_000, "opd, small steps": 40_000}
+"""Name to number of steps."""
 
 
 def teach(env_id: str, n_envs: int, seed: int, **kwargs: Any) -> VecTeacher:
@@ -61,8 +62,8 @@ def merged(
     return demonstrations.Demonstrations(*arrays, None, {"control_mode": first.metadata["control_mode"]})
 
 
-def fine_tune(method: str, base: Path, more: Path, seed: int) -> tuple[BaseAlgorithm, int]:
-    """The method on the seen task, ready to learn from the base's weights; and its number of steps."""
+def fine_tune(method: str, base: Path, more: Path, seed: int) -> BaseAlgorithm:
+    """The method on the seen task, ready to learn from the base's weights."""
     common: dict[str, Any] = {"policy_kwargs": NETWORK, "seed": seed, "device": "cpu"}
     if method == "sft":
         venv = make_vec_env(SEEN, 1, vec_env="dummy", tokens=True)
@@ -77,12 +78,12 @@ def fine_tune(method: str, base: Path, more: Path, seed: int) -> tuple[BaseAlgor
             n_steps=64,
             batch_size=64,
             n_epochs=8,
-            learning_rate=3e-4,
+            learning_rate=3e-4 if method == "opd" else 3e-5,
             teacher_floor=0.05,
             **common,
         )
     load_weights(model.policy, base)
-    return model, {"sft": 200_000, "grpo": 80_000, "opd": 20_000}[method]
+    return model
 
 
 class Watch(BaseCallback):
@@ -116,7 +117,7 @@ def plot(results: dict[str, list[list[tuple[int, float, float]]]], path: Path) -
     figure = Figure(figsize=(6, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for (method, runs), marker in zip(results.items(), "so^"):
+    for (method, runs), marker in zip(results.items(), "so^v"):
         points = np.mean([[point[1:] for point in run] for run in runs], axis=0)
         axes.plot(*points.T, marker=marker, label=method.upper())
     axes.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", label="before")
@@ -131,11 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--demos", type=int, default=150, help="of each task, for the base")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="the others stay")
     parser.add_argument("--points", type=int, default=8, help="evaluations along each run")
     args = parser.parse_args()
     th.set_num_threads(1)
     evaluators = tuple(Evaluator(task, {"tokens": True}, n_episodes=48, vec_env="dummy") for task in (SEEN, UNSEEN))
-    results: dict[str, list[list[tuple[int, float, float]]]] = {method: [] for method in METHODS}
+    results: dict[str, list[list[tuple[int, float, float]]]] = {}
+    if RESULTS.is_file():
+        results = json.loads(RESULTS.read_text())
+    results |= {method: [] for method in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         both, more, base = (Path(folder) / name for name in ("both.npz", "more.npz", "base.zip"))
         for seed in args.seeds:
@@ -146,8 +151,8 @@ def main() -> None:
                 TokenPolicy, venv, demonstrations=str(both), learning_rate=1e-3, policy_kwargs=NETWORK, seed=seed
             )
             student.learn(200_000).save(base)
-            for method in METHODS:
-                model, n_steps = fine_tune(method, base, more, seed)
+            for method in args.methods:
+                model, n_steps = fine_tune(method, base, more, seed), METHODS[method]
                 watch = Watch(evaluators, n_steps, args.points)  # type: ignore[arg-type]
                 model.learn(n_steps, watch)
                 results[method].append(watch.points[: args.points + 1])

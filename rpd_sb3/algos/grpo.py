@@ -78,6 +78,8 @@ class GRPO(OnPolicyDistillation):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
+        if not self.compares_episodes():
+            return
         end = self.rollout_buffer.pos + 1
         for env, done in enumerate(() if dones is None else dones):
             if done:
@@ -85,6 +87,10 @@ class GRPO(OnPolicyDistillation):
                     raise ValueError(f"{type(self).__name__} needs episodes' returns: wrap each env in SB3's Monitor")
                 self._episodes[env].append(Episode(slice(self._starts[env], end), infos[env]["episode"]["r"]))
                 self._starts[env] = end
+
+    def compares_episodes(self) -> bool:
+        """Whether the returns of episodes are needed."""
+        return True
 
     def prepare_rollout(self) -> None:
         """Replace the advantages of SB3's critic by those of the groups."""

@@ -109,6 +109,8 @@ class OPD(GRPO):
         checks = {
             f"estimator='sampled' estimates reverse_kl, not divergence={divergence!r}": estimator == "full"
             or divergence == "reverse_kl",
+            "estimator='sampled' must not be normalised: normalize_advantage has to be False": estimator == "full"
+            or not kwargs.get("normalize_advantage", False),
             f"teacher_temperature={teacher_temperature} must be positive": teacher_temperature > 0,
             f"teacher_floor={teacher_floor} must lie in [0, 1)": 0 <= teacher_floor < 1,
             f"then='grpo' needs groups: group_size={group_size} must be at least 2": then != "grpo" or group_size > 1,
@@ -160,6 +162,9 @@ class OPD(GRPO):
             return super().schedule_distill_coef()
         # Above 1 where training was extended after the hand-over.
         return self.residual_coef * min(remaining / max(self._handed_over_at, 1e-8), 1.0)
+
+    def compares_episodes(self) -> bool:
+        return self.then == "grpo"
 
     def surrogate_coef(self) -> float:
         """1 after the hand-over, and where the surrogate carries the sampled estimate."""

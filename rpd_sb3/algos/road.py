@@ -37,9 +37,9 @@ class ROAD(OnPolicyDistillation):
 
     Where the paper leaves a choice: Algorithm 1 updates with the distillation term alone (``ppo_coef=0``), its settings (a
     coefficient of 0.5, PPO's entropy bonus, "regularizer") speak of a sum, which is the default. Statistics are those of the
-    rollout; a weight is one number for a step and its K tokens; the sign of advantages is that of the raw ones. With
-    ``teacher_anchor="current"`` the gradient is exactly a per-token policy gradient of weight p(a) (e^w - 1) / Z; anchored at
-    the rollout it also restores what earlier minibatches have moved.
+    rollout; a weight is one number for a step and its K tokens; the gate compares the sign of the raw advantage with the
+    calibrated reference's. With ``teacher_anchor="current"`` the gradient is exactly a per-token policy gradient of weight
+    p(a) (e^w - 1) / Z; anchored at the rollout it also restores what earlier minibatches have moved.
 
     :param reference: ``.zip`` of a PPO run of the same architecture (any checkpoint), whose critic gives the reference
         advantage: GAE on the same rewards. Needed unless ``alpha`` is 0
@@ -123,8 +123,8 @@ class ROAD(OnPolicyDistillation):
         internal = th.as_tensor(buffer.advantages)
         mixed = internal
         if self._critic is not None:
-            reference = th.as_tensor(self._reference_advantages())
-            mixed = gated_mix(internal, calibrated(reference, internal), self.alpha, self.gate)
+            reference = calibrated(th.as_tensor(self._reference_advantages()), internal)
+            mixed = gated_mix(internal, reference, self.alpha, self.gate)
             self.logger.record("train/critic_agreement", (internal.sign() == reference.sign()).float().mean().item())
         weight = advantage_weight(mixed, self.weight_clip)
         self.logger.record("train/clipped_weights", (weight.abs() >= self.weight_clip).float().mean().item())
