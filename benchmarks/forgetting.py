@@ -83,6 +83,10 @@ def fine_tune(method: str, base: Path, more: Path, seed: int) -> BaseAlgorithm:
             **common,
         )
     load_weights(model.policy, base)
+    # Statistics that went on with one task alone would shift what the network sees of the other.
+    for module in model.policy.modules():
+        if isinstance(module, RunningNorm):
+            module.freeze()
     return model
 
 

@@ -48,3 +48,17 @@ def test_outliers_are_clipped() -> None:
 def test_images_are_refused() -> None:
     with pytest.raises(ValueError, match="RunningNorm standardises state vectors, got Box"):
         RunningNorm(spaces.Box(0, 255, (8, 8, 3), np.uint8))
+
+
+def test_frozen_statistics_stay_also_after_saving() -> None:
+    norm = RunningNorm(spaces.Box(-1.0, 1.0, (3,)))
+    norm.train()
+    norm(th.randn(50, 3, generator=th.Generator().manual_seed(0)))
+    norm.freeze()
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    other = RunningNorm(spaces.Box(-1.0, 1.0, (3,)))
+    other.load_state_dict(norm.state_dict())
+    for module in (norm, other):
+        module.train()
+        module(th.full((50, 3), 9.0))
+        assert all(th.equal(value, before[name]) for name, value in module.state_dict().items())

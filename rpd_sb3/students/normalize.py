@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -39,6 +41,10 @@ class RunningNorm(BaseFeaturesExtractor):
             self._update(observations)
         standardised = (observations - self.mean) / (self.var + 1e-6).sqrt()
         return standardised.clamp(-self.limit, self.limit)
+
+    def freeze(self) -> None:
+        """Keep the statistics as they are from now on, also in what is saved: for going on with fewer tasks than before."""
+        self.count.fill_(math.inf)
 
     @th.no_grad()
     def _update(self, batch: th.Tensor) -> None:
