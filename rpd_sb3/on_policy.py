@@ -180,6 +180,8 @@ class OnPolicyDistillation(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
+        # SB3 does this after each rollout; the first one of a resumed training would go by where the last training ended.
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         self._current_distill_coef = self.schedule_distill_coef()
         if self.needs:
             set_label_fraction(env, self.label_fraction if self._current_distill_coef > 0 else 0.0)

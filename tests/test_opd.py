@@ -425,3 +425,16 @@ def test_a_loaded_model_goes_on_as_the_saved_one(policy: Any, tmp_path: Path) ->
     loaded.learn(32, reset_num_timesteps=False)
     assert loaded.num_timesteps == 96
     OPD.load(tmp_path / "model").predict(np.zeros(K, np.float32))
+
+
+def test_extended_training_goes_by_its_own_end_from_the_first_rollout_on() -> None:
+    remaining: list[float] = []
+
+    def schedule(progress_remaining: float) -> float:
+        remaining.append(progress_remaining)
+        return 1.0
+
+    model = trained(64, distill_coef=schedule)
+    remaining.clear()
+    model.learn(64, reset_num_timesteps=False)
+    assert remaining[0] == pytest.approx(0.5)

@@ -161,7 +161,7 @@ class OPD(GRPO):
         if not self._handed_over:
             return super().schedule_distill_coef()
         # Above 1 where training was extended after the hand-over.
-        return self.residual_coef * min(remaining / max(self._handed_over_at, 1e-8), 1.0)
+        return self.residual_coef * min(max(remaining, 0.0) / max(self._handed_over_at, 1e-8), 1.0)
 
     def compares_episodes(self) -> bool:
         return self.then == "grpo"
