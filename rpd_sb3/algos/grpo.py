@@ -28,8 +28,9 @@ class GRPO(OnPolicyDistillation):
     """PPO's clipped surrogate on A = (R - mean(R)) / std(R), the returns R of G episodes from one initial state (eq. 3).
 
     Each rollout begins with a reset: G neighbouring environments are a group, and the i-th episode of each member begins
-    alike. All steps of an episode get its advantage; there is no critic. Episodes that the rollout cuts off count for
-    nothing, so ``n_steps`` should be the time limit of an episode or a multiple.
+    alike. All steps of an episode get its advantage; there is no critic. Episodes that the rollout cuts off, and those of
+    their group that they were to be compared with, count for nothing, so ``n_steps`` should be the time limit of an episode
+    or a multiple.
 
     :param group_size: G
     :param filter_groups: leave out groups whose returns are all equal (all failed, or all succeeded alike), as DAPO (Yu et

@@ -145,7 +145,9 @@ def find_instructions(spec: TeacherSpec, venv: VecEnv, instruction: str | None) 
 
 def token_bins(space: spaces.Space) -> int | None:
     """Bins of each dimension if actions are tokens (:class:`~rpd_sb3.envs.ActionTokens`); None if they are not."""
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1 and len(set(space.nvec.tolist())) == 1:
+    if not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim != 1 or space.start.any():
+        return None
+    if len(set(space.nvec.tolist())) == 1:
         return int(space.nvec[0])
     return None
 
