@@ -647,9 +647,10 @@ def test_port_is_taken_as_soon_as_it_is_bound() -> None:
 
 LIGHT = ["serve", "protocol.messages", "protocol.spec", "protocol.shared_memory", "serving.app", "serving.engine"]
 LIGHT += ["teachers", "teachers.base", "teachers.scripted", "teachers.registry"]
-FILES = ["__init__", "cli", "names", "serve", "config", "protocol/*", "serving/[!r]*", "serving/re*"]
+FILES = ["__init__", "cli", "bins", "names", "serve", "config", "protocol/*", "serving/[!r]*", "serving/re*"]
 FILES += [
-    f"teachers/{name}" for name in ("__init__", "base", "experts", "motion", "privileged", "registry", "scripted")
+    f"teachers/{name}"
+    for name in ("__init__", "base", "experts", "mixture", "motion", "privileged", "registry", "scripted")
 ]
 
 
