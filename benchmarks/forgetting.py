@@ -37,6 +37,7 @@ NETWORK: dict[str, Any] = {
 }
 METHODS = {"sft": 200_000, "grpo": 80_000, "opd": 20_000, "opd, small steps": 40_000}
 """Name to number of steps."""
+NAMES = {"sft": "SFT", "grpo": "GRPO", "opd": "OPD", "opd, small steps": "OPD, small steps"}
 
 
 def teach(env_id: str, n_envs: int, seed: int, **kwargs: Any) -> VecTeacher:
@@ -123,7 +124,7 @@ def plot(results: dict[str, list[list[tuple[int, float, float]]]], path: Path) -
     axes = figure.add_subplot()
     for (method, runs), marker in zip(results.items(), "so^v"):
         points = np.mean([[point[1:] for point in run] for run in runs], axis=0)
-        axes.plot(*points.T, marker=marker, label=method.upper())
+        axes.plot(*points.T, marker=marker, label=NAMES[method])
     axes.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", label="before")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=f"success at {SEEN} (seen)")
     axes.set_ylabel(f"success at {UNSEEN} (unseen)")
