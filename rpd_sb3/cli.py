@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
@@ -45,6 +45,27 @@ def whole_number(text: str) -> int:
 
 
 whole_number.__name__ = "whole number"  # argparse shows it: invalid whole number value: 'x'
+
+
+def add_vec_env_flag(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
+    """``--vec-env``, of every command that makes environments.
+
+    :param kwargs: further arguments of ``add_argument``
+    """
+    choices = ("subproc", "dummy")
+    parser.add_argument("--vec-env", choices=choices, help="in worker processes or in this one [subproc]", **kwargs)
+
+
+def check_at_least(given: Mapping[str, Any], minima: Mapping[str, int]) -> None:
+    """Make sure that numbers are not too small; those that are not given are no mistake.
+
+    :param given: command line
+    :param minima: flag, with underscores, to its least value
+    :raises ValueError: for the first one below
+    """
+    for key, minimum in minima.items():
+        if (value := given.get(key)) is not None and value < minimum:
+            raise ValueError(f"--{key.replace('_', '-')} {value} must be at least {minimum}")
 
 
 def check_training_side() -> None:

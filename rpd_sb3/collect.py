@@ -9,7 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli import RUN_ERROR, Interrupt, Parser, check_training_side, print_error, run_command, whole_number
+from rpd_sb3.cli import (
+    RUN_ERROR,
+    Interrupt,
+    Parser,
+    add_vec_env_flag,
+    check_at_least,
+    check_training_side,
+    print_error,
+    run_command,
+    whole_number,
+)
 
 AT_LEAST = {"n_episodes": 1, "n_envs": 1, "seed": 0, "fps": 1}
 
@@ -30,12 +40,7 @@ def make_parser() -> Parser:
     add("--overwrite", action="store_true", help="replace the file")
     add("--seed", type=whole_number, default=0, help="of the first episode; the next one has the next seed [0]")
     add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
-    add(
-        "--vec-env",
-        choices=("subproc", "dummy"),
-        default="subproc",
-        help="in worker processes or in this one [subproc]",
-    )
+    add_vec_env_flag(parser, default="subproc")
     return parser
 
 
@@ -56,9 +61,7 @@ def check(argv: Sequence[str]) -> Any:
         raise ValueError("--env or --teacher is missing: who acts where, e.g. --env PickCube-v1 --teacher scripted")
     if args.out is None and args.lerobot is None:
         raise ValueError("--out is missing: where shall the episodes go, e.g. --out demos.npz")
-    for name, minimum in AT_LEAST.items():
-        if (value := getattr(args, name)) is not None and value < minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+    check_at_least(vars(args), AT_LEAST)
     from rpd_sb3.demonstration_formats import check_lerobot
     from rpd_sb3.demonstrations import check_suffix
 

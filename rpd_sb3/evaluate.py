@@ -9,7 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli import Interrupt, Parser, check_training_side, run_command, whole_number
+from rpd_sb3.cli import (
+    Interrupt,
+    Parser,
+    add_vec_env_flag,
+    check_at_least,
+    check_training_side,
+    run_command,
+    whole_number,
+)
 
 
 def make_parser() -> Parser:
@@ -27,12 +35,7 @@ def make_parser() -> Parser:
         "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
     )
     add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
-    add(
-        "--vec-env",
-        choices=("subproc", "dummy"),
-        default="subproc",
-        help="in worker processes or in this one [subproc]",
-    )
+    add_vec_env_flag(parser, default="subproc")
     add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
     add("--json", metavar="FILE", help="write the numbers to a file; - for stdout instead of the table")
     return parser
@@ -59,9 +62,7 @@ def check(argv: Sequence[str]) -> Any:
         raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
     if args.run and args.teacher_kwargs:
         raise ValueError("--teacher-kwargs are for --teacher, not for --run")
-    for name in ("n_episodes", "n_envs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1})
     return args
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rpd_sb3.cli import Job, Parser, check_training_side, run_command, whole_number
+from rpd_sb3.cli import Job, Parser, add_vec_env_flag, check_at_least, check_training_side, run_command, whole_number
 
 DEFAULTS: dict[str, Any] = {
     "algo": None,
@@ -72,7 +72,7 @@ def make_parser() -> Parser:
     add("-conf", "--conf-file", metavar="FILE", help="config [zoo_configs/<algo>.yml]")
     add("--section", help="section of the config [<env>-<reward>, <env> or default]")
     add("--n-envs", type=whole_number, metavar="N", help="environments [that of the config]")
-    add("--vec-env", choices=("subproc", "dummy"), help="in worker processes or in this one [subproc]")
+    add_vec_env_flag(parser)
     add("--device", help="auto, cpu, cuda, cuda:1 ... [auto]")
     add("--num-threads", type=whole_number, metavar="N", help="PyTorch's threads [1 for small networks on the CPU]")
     add(
@@ -106,9 +106,7 @@ def set_up(argv: Sequence[str]) -> Job:
     """
     check_training_side()
     given = vars(make_parser().parse_args(argv))
-    for key, minimum in AT_LEAST.items():
-        if given.get(key, minimum) < minimum:
-            raise ValueError(f"--{key.replace('_', '-')} {given[key]} must be at least {minimum}")
+    check_at_least(given, AT_LEAST)
     # Late, so that --help and misspelt flags are answered at once.
     from rpd_sb3 import runs
     from rpd_sb3.envs.factory import check_env_id

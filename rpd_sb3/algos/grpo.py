@@ -73,9 +73,13 @@ class GRPO(OnPolicyDistillation):
         self._starts = [0] * env.num_envs
         if self.group_size > 1:
             begin_groups(env, self.group_size, self._group_rng)
-            self._last_obs = env.reset()  # type: ignore[assignment]
-            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            self._restart(env)
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _restart(self, env: VecEnv) -> None:
+        """Begin new episodes; SB3 goes on from these observations."""
+        self._last_obs = env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)

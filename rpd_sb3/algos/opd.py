@@ -249,5 +249,4 @@ class OPD(GRPO):
             rng=rng,
         )
         self.num_timesteps += len(demos.actions)
-        self._last_obs = env.reset()  # type: ignore[assignment]
-        self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._restart(env)

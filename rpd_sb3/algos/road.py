@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
 from rpd_sb3.buffers import LabelledSamples
+from rpd_sb3.demonstrations import each
 from rpd_sb3.losses import (
     advantage_weight,
     calibrated,
@@ -168,13 +169,13 @@ class ROAD(OnPolicyDistillation):
         """A function of observations and actions, for all steps: (T, E, ...)."""
         buffer: Any = self.rollout_buffer
         shape = (buffer.buffer_size, buffer.n_envs)
-        obs, actions = buffer.observations, buffer.actions.reshape(-1, *buffer.actions.shape[2:])
-        flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in (obs if isinstance(obs, dict) else {"": obs}).items()}
+        observations = each(lambda values: values.reshape(-1, *values.shape[2:]), buffer.observations)
+        actions = buffer.actions.reshape(-1, *buffer.actions.shape[2:])
         parts = []
         for at in range(0, len(actions), CHUNK):
-            chunk = {k: v[at : at + CHUNK] for k, v in flat.items()}
-            tensors = obs_as_tensor(chunk.get("", chunk), self.device)
-            parts.append(function(tensors, th.as_tensor(actions[at : at + CHUNK], device=self.device)).cpu().numpy())
+            rows = slice(at, at + CHUNK)
+            obs = obs_as_tensor(each(lambda values, rows=rows: values[rows], observations), self.device)
+            parts.append(function(obs, th.as_tensor(actions[rows], device=self.device)).cpu().numpy())
         result = np.concatenate(parts)
         return result.reshape(*shape, *result.shape[1:])
 

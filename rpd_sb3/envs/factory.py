@@ -54,20 +54,6 @@ def make_env(
     :param env_kwargs: further arguments of the environment itself
     :raises ValueError: for an unknown id, or an option that the environment does not have
     """
-    if tokens is not False:
-        env = make_env(
-            env_id,
-            obs=obs,
-            reward=reward,
-            camera=camera,
-            image_size=image_size,
-            on_success=on_success,
-            control_mode=control_mode,
-            teacher=teacher,
-            render_mode=render_mode,
-            **env_kwargs,
-        )
-        return ActionTokens(env, N_BINS if tokens is True else tokens)
     options = {
         "obs": obs,
         "reward": reward,
@@ -82,7 +68,7 @@ def make_env(
             raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
         check_env_id(env_id)
         check_teacher(teacher, env_id, None)
-        return gym.make(env_id, render_mode=render_mode, **env_kwargs)
+        return _acting_with(tokens, gym.make(env_id, render_mode=render_mode, **env_kwargs))
     from rpd_sb3.envs import maniskill
 
     control_mode = control_mode or "pd_ee_delta_pose"
@@ -103,7 +89,12 @@ def make_env(
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
-    return maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs)
+    return _acting_with(tokens, maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs))
+
+
+def _acting_with(tokens: bool | int, env: gym.Env) -> gym.Env:
+    """The environment with action tokens if they are asked for."""
+    return env if tokens is False else ActionTokens(env, N_BINS if tokens is True else tokens)
 
 
 def maniskill_ids() -> list[str]:
