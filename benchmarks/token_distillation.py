@@ -24,6 +24,8 @@ from harness import Cell, Record, complete_run, load, mean_and_range, run, train
 
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
 RARELY = ["--eval-freq", "10000", "--eval-episodes", "24", "--vec-env", "dummy"]
+ONCE = ["--eval-freq", "30000", "--eval-episodes", "100", "--vec-env", "dummy"]
+"""At the beginning and at the end."""
 OFTEN = ["--eval-freq", "2560", "--eval-episodes", "24", "--vec-env", "dummy"]
 COLUMNS = (
     "success_rate",
@@ -134,7 +136,7 @@ def road_cells(env: str, seed: int, root: Path) -> list[Cell]:
     """PPO and ROAD from the same warm start at equal steps; the reference critic is that of the PPO run."""
     row = f"road {env.partition('-')[0]}"
     start = f"warm_start:{warm_start(env, root)}"
-    common = ["--env", env, "-n", "30000", *RARELY]
+    common = ["--env", env, "-n", "30000", *ONCE]
     ppo = Cell(row, "PPO", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
     train(ppo, root)
     run_folder = complete_run(ppo, root)

@@ -6,9 +6,28 @@ vocabulary's size - 1 - token. Source: Kim et al., 2024, and the public code of 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 N_BINS = 256
+
+
+class Bounds(NamedTuple):
+    """What the ends of the bins, -1 and 1, stand for: ``low + (x + 1) / 2 (high - low)``."""
+
+    low: np.ndarray
+    """``(A,)``; may be the greater of the two."""
+    high: np.ndarray
+
+    def scaled(self, x: np.ndarray) -> np.ndarray:
+        """Actions of normalised actions ``(..., A)``, float64."""
+        return 0.5 * (np.asarray(x, np.float64) + 1.0) * (self.high - self.low) + self.low
+
+    def normalised(self, actions: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`scaled`; 0 where both ends are the same."""
+        width = np.where(self.high == self.low, np.inf, self.high - self.low)
+        return np.where(np.isinf(width), 0.0, 2.0 * (np.asarray(actions, np.float64) - self.low) / width - 1.0)
 
 
 def edges(n_bins: int) -> np.ndarray:
@@ -23,21 +42,25 @@ def centres(n_bins: int) -> np.ndarray:
     return np.append(inner, inner[-1])
 
 
-def to_tokens(actions: np.ndarray, n_bins: int) -> np.ndarray:
-    """Tokens of actions; what lies outside [-1, 1] is clipped.
+def to_tokens(actions: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
+    """Tokens of actions; what lies outside the bins is clipped.
 
-    :param actions: ``(..., A)`` in [-1, 1]
+    :param actions: ``(..., A)``
     :param n_bins: tokens per dimension
+    :param bounds: ends of the bins; None: -1 and 1
     :return: int64 of the same shape, in [0, n_bins - 1]; the last token is that of exactly 1.0
     """
+    actions = actions if bounds is None else bounds.normalised(actions)
     return np.digitize(np.clip(actions, -1.0, 1.0), edges(n_bins)) - 1
 
 
-def to_actions(tokens: np.ndarray, n_bins: int) -> np.ndarray:
-    """Actions in [-1, 1] that tokens stand for.
+def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
+    """Actions that tokens stand for.
 
     :param tokens: ``(..., A)`` int in [0, n_bins - 1]
     :param n_bins: tokens per dimension
+    :param bounds: ends of the bins; None: -1 and 1
     :return: float32 of the same shape
     """
-    return centres(n_bins)[tokens].astype(np.float32)
+    actions = centres(n_bins)[tokens]
+    return (actions if bounds is None else bounds.scaled(actions)).astype(np.float32)

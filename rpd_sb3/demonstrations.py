@@ -19,9 +19,11 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
-from rpd_sb3.bins import to_actions, to_tokens
+from rpd_sb3.bins import Bounds, to_actions, to_tokens
 from rpd_sb3.demonstration_formats import load_hdf5, save_hdf5
+from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.teacher_access import find_vec_teacher
+from rpd_sb3.envs.vec_teacher import VecTeacher
 from rpd_sb3.envs.views import token_bins
 
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -115,7 +117,7 @@ def record(
     if n_episodes < 1:
         raise ValueError(f"record: n_episodes={n_episodes} must be at least 1")
     spec, fraction = vec_teacher.teacher.spec, vec_teacher.label_fraction
-    decide = _decider(vec_teacher.label, spec.action_space, venv.action_space)
+    decide = _decider(vec_teacher, venv.action_space, find_token_bounds(venv))
     vec_teacher.set_label_fraction(0.0)  # label() asks already
     try:
         kept, played = _select(venv, decide, n_episodes, only_successful, seed, max_steps)
@@ -153,18 +155,18 @@ _Decide = Callable[[], tuple[np.ndarray, np.ndarray]]
 """Gives the teacher's next actions: continuous ``(N, A)``, and as the environments take them."""
 
 
-def _decider(label: Callable[[], Mapping[str, np.ndarray]], taught: spaces.Space, space: spaces.Space) -> _Decide:
+def _decider(teacher: VecTeacher, space: spaces.Space, bounds: Bounds | None) -> _Decide:
+    taught = teacher.teacher.spec.action_space
     n_bins = token_bins(space)
     if n_bins is None and not isinstance(space, spaces.Box):
         raise ValueError(f"record needs continuous actions or action tokens, but the env takes {space}")
 
     def decide() -> tuple[np.ndarray, np.ndarray]:
-        action = label()["action"]
+        action = teacher.label()["action"]
         if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
-            return to_actions(action, n_bins), action
-        low, high = (space.low, space.high) if isinstance(space, spaces.Box) else (-1.0, 1.0)
-        continuous = np.clip(np.asarray(action, np.float32), low, high)
-        return continuous, continuous if n_bins is None else to_tokens(continuous, n_bins)
+            return to_actions(action, n_bins, bounds), action
+        continuous = teacher.adapter.clip(np.asarray(action, np.float32))
+        return continuous, continuous if n_bins is None else to_tokens(continuous, n_bins, bounds)
 
     return decide
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.bins import to_tokens
 from rpd_sb3.envs import VecTeacher, make_vec_env
+from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.factory import evaluation_options
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import token_bins
@@ -105,12 +105,11 @@ def teacher_actor(venv: VecEnv) -> Actor:
     assert vec_teacher is not None, "these environments have no teacher"
     space = venv.action_space
     n_bins = None if vec_teacher.teacher.spec.action_space == space else token_bins(space)
+    bounds = find_token_bounds(venv)
 
     def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
-        action = vec_teacher.label()["action"]
-        if n_bins is not None:
-            return to_tokens(action, n_bins)
-        return np.clip(action, space.low, space.high) if isinstance(space, spaces.Box) else action
+        action = vec_teacher.adapter.clip(vec_teacher.label()["action"])
+        return action if n_bins is None else to_tokens(action, n_bins, bounds)
 
     return act
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rpd_sb3.findings import FAIL, OK, Finding
 from rpd_sb3.protocol import PROTOCOL_VERSION
 
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT", "MODULE:CLASS")
 TIMEOUT = 5.0
 """Seconds for one answer of a service."""
 MAX_BYTES = 2**20
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 def check_teacher(teacher: str) -> list[Finding]:
     """Whether the teacher can be asked.
 
-    :param teacher: ``scripted``, ``sb3:FILE``, the URLs of a service's replicas, or ``package.module:Class``
+    :param teacher: ``scripted``, ``sb3:FILE``, ``openvla:PATH``, the URLs of a service's replicas, or ``package.module:Class``
     :return: one line, or one for each replica
     """
     name = f"Teacher {teacher}"
@@ -44,12 +44,30 @@ def check_teacher(teacher: str) -> list[Finding]:
         if Path(rest).is_file() or Path(f"{rest}.zip").is_file():
             return [Finding(name, OK, "the file exists")]
         return [Finding(name, FAIL, "no such file", "--teacher sb3:FILE, a model that SB3's save() has written")]
+    if kind == "openvla" and rest:
+        return [_check_openvla(name, rest)]
     if kind in ("http", "https"):
         return _check_replicas(teacher.split(","))
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return [_check_module(name, kind)]
     closest = get_close_matches(teacher, TEACHERS, n=1, cutoff=0.3)
     return [Finding(name, FAIL, "unknown kind of teacher", f"--teacher {' or '.join(closest or TEACHERS)}")]
+
+
+def _check_openvla(name: str, path: str) -> Finding:
+    fix = "--teacher openvla:PATH, a checkpoint folder or the hub id of a model"
+    if missing := [package for package in ("transformers", "tokenizers", "safetensors", "PIL") if _lacks(package)]:
+        return Finding(name, FAIL, f"{', '.join(missing)} not installed", "pip install 'rpd_sb3[openvla]'")
+    if Path(path).is_dir():
+        complete = (Path(path) / "config.json").is_file()
+        return Finding(name, OK if complete else FAIL, "the folder exists" if complete else "no config.json in it", fix)
+    if path.count("/") == 1 and not path.startswith((".", "~")):
+        return Finding(name, OK, "no such folder; taken for a hub id")
+    return Finding(name, FAIL, "no such folder", fix)
+
+
+def _lacks(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
 
 
 def _check_module(name: str, module: str) -> Finding:

@@ -31,7 +31,15 @@ ALLOWED = {
     "warm_start": set(),
     "training_log": set(),
     "on_policy": {"losses", "buffers", "envs.teacher_access", "teachers.base", "training_log"},
-    "algos": {"on_policy", "losses", "buffers", "demonstrations", "envs.groups", "students.tokens"},
+    "algos": {
+        "on_policy",
+        "losses",
+        "buffers",
+        "demonstrations",
+        "envs.groups",
+        "envs.action_tokens",
+        "students.tokens",
+    },
 }
 
 

@@ -309,5 +309,5 @@ def test_targets() -> None:
     assert np.array_equal(targets(actions, spaces.Box(-1.0, 1.0, (2,))), actions)
     with pytest.raises(ValueError, match=r"from -2 to 1.*outside of what the env takes, \[-1, 1\] in tokens; rescale"):
         targets(np.array([[1.0, -2.0]], np.float32), spaces.MultiDiscrete([N_BINS] * 2))
-    with pytest.raises(ValueError, match="needs a MultiDiscrete action space of equal sizes"):
+    with pytest.raises(ValueError, match="needs a Box or action tokens, but the env takes Discrete"):
         targets(actions, spaces.Discrete(4))

@@ -18,6 +18,7 @@ from rpd_sb3.algos.grpo import GRPO
 from rpd_sb3.algos.sft import clone
 from rpd_sb3.buffers import LabelledSamples
 from rpd_sb3.demonstrations import record
+from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.losses import (
     DIVERGENCES,
     floored,
@@ -247,6 +248,7 @@ class OPD(GRPO):
             batch_size=self.batch_size,
             max_grad_norm=self.max_grad_norm,
             rng=rng,
+            bounds=find_token_bounds(env),
         )
         self.num_timesteps += len(demos.actions)
         self._restart(env)

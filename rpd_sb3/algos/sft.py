@@ -18,10 +18,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 
-from rpd_sb3.bins import to_tokens
+from rpd_sb3.bins import Bounds
 from rpd_sb3.demonstrations import Demonstrations, Observation, each, load
+from rpd_sb3.envs.action_tokens import find_token_bounds, targets
 from rpd_sb3.losses import action_mse
-from rpd_sb3.students.tokens import token_shape
 
 LOSSES = ("bc", "mse")
 
@@ -38,6 +38,7 @@ def clone(
     max_grad_norm: float,
     rng: np.random.Generator,
     loss: str = "bc",
+    bounds: Bounds | None = None,
     after_batch: Callable[[dict[str, float]], bool] | None = None,
 ) -> dict[str, float]:
     """Train a policy to act as demonstrated: L = -E[log pi(a|s)] (``bc``), or the mean squared distance (``mse``).
@@ -52,13 +53,13 @@ def clone(
     :param max_grad_norm: at which gradients are clipped
     :param rng: shuffles
     :param loss: ``bc`` or ``mse``; ``mse`` needs a Box
+    :param bounds: of the bins, for a policy that acts with tokens; None: -1 and 1
     :param after_batch: gets the values of a minibatch after its step; False stops
     :return: values to log, averages over the last pass: ``loss``, and ``accuracy`` of single tokens or ``mse``
     :raises ValueError: if the actions do not fit the policy
     """
-    labels = targets(actions, policy.action_space)
-    per_epoch = math.ceil(len(actions) / batch_size)
-    history: deque[dict[str, float]] = deque(maxlen=per_epoch)
+    labels = targets(actions, policy.action_space, bounds)
+    history: deque[dict[str, float]] = deque(maxlen=math.ceil(len(actions) / batch_size))
     stream = _shuffled(len(actions), batch_size, rng)
     for _ in range(math.ceil(n_epochs * len(actions) / batch_size)):
         rows = next(stream)
@@ -74,26 +75,6 @@ def clone(
             break
     policy.set_training_mode(False)
     return {name: safe_mean([values[name] for values in history]) for name in history[-1]} if history else {}
-
-
-def targets(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
-    """What a student with this action space shall do: the actions themselves, or their tokens.
-
-    :param actions: ``(n, A)``, continuous
-    :param space: Box of shape (A,), or MultiDiscrete([n_bins] * A)
-    :return: ``(n, A)`` float32, or int64 tokens
-    :raises ValueError: if the actions do not fit
-    """
-    n_bins = None if isinstance(space, spaces.Box) else token_shape(space, "imitation of continuous actions")[1]
-    low, high = (space.low, space.high) if isinstance(space, spaces.Box) else (-1.0, 1.0)
-    if actions.shape[1:] != space.shape:
-        raise ValueError(f"the demonstrations have actions of shape {actions.shape[1:]}, but the env takes {space}")
-    if np.any(actions < np.asarray(low) - 1e-5) or np.any(actions > np.asarray(high) + 1e-5):
-        raise ValueError(
-            f"the demonstrations have actions from {actions.min():g} to {actions.max():g}, outside of what the env takes, "
-            f"{space if n_bins is None else '[-1, 1] in tokens'}; rescale them"
-        )
-    return actions.astype(np.float32) if n_bins is None else to_tokens(actions, n_bins)
 
 
 def imitation_loss(
@@ -273,6 +254,7 @@ class SFT(PPO):
                 max_grad_norm=self.max_grad_norm,
                 rng=np.random.default_rng(seed),
                 loss=self.loss,
+                bounds=None if self.env is None else find_token_bounds(self.env),
                 after_batch=after_batch,
             )
             if logs:
@@ -296,5 +278,6 @@ class SFT(PPO):
 def _fits(values: np.ndarray, space: spaces.Space) -> bool:
     """True if these are observations of the space, images also with channels last."""
     shape = values.shape[1:]
-    shapes = [shape, (shape[2], shape[0], shape[1])] if len(shape) == 3 else [shape]
-    return space.shape in shapes and np.can_cast(values.dtype, space.dtype or np.float32, "same_kind")
+    return space.shape in (shape, (shape[2:] + shape[:2])) and np.can_cast(
+        values.dtype, space.dtype or np.float32, "same_kind"
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.bins import N_BINS, to_actions
+from rpd_sb3.bins import N_BINS, Bounds, to_actions, to_tokens
+from rpd_sb3.envs.views import token_bins
 
 
 class ActionTokens(gym.ActionWrapper):
@@ -16,10 +18,12 @@ class ActionTokens(gym.ActionWrapper):
 
     :param env: environment with actions in [-1, 1]
     :param n_bins: tokens of each action dimension
-    :raises ValueError: for another action space, or fewer than two tokens
+    :param bounds: actions that the ends of the bins stand for, ``(A,)`` each, as a teacher's statistics have them
+        (:func:`rpd_sb3.envs.action_adapter.token_bounds`); None: -1 and 1. What they stand for is clipped to [-1, 1]
+    :raises ValueError: for another action space, fewer than two tokens, or bounds that do not fit
     """
 
-    def __init__(self, env: gym.Env, n_bins: int = N_BINS) -> None:
+    def __init__(self, env: gym.Env, n_bins: int = N_BINS, bounds: Bounds | None = None) -> None:
         space = env.action_space
         if not (
             isinstance(space, spaces.Box) and space.shape and len(space.shape) == 1 and _is_unit(space.low, space.high)
@@ -30,13 +34,47 @@ class ActionTokens(gym.ActionWrapper):
             )
         if n_bins < 2:
             raise ValueError(f"ActionTokens: n_bins={n_bins} must be at least 2")
+        if bounds is not None:
+            bounds = Bounds(*(np.asarray(ends, np.float64) for ends in bounds))
+            if any(ends.shape != space.shape or not np.isfinite(ends).all() for ends in bounds):
+                raise ValueError(f"ActionTokens: bounds={bounds} must be two finite arrays of shape {space.shape}")
         super().__init__(env)
         self.n_bins = n_bins
+        self.token_bounds = bounds
         self.action_space = spaces.MultiDiscrete(np.full(space.shape, n_bins))
 
     def action(self, action: np.ndarray) -> np.ndarray:
         """Bin centres (A,) float32 of tokens (A,)."""
-        return to_actions(np.asarray(action), self.n_bins)
+        actions = to_actions(np.asarray(action), self.n_bins, self.token_bounds)
+        return actions if self.token_bounds is None else actions.clip(-1.0, 1.0)
+
+
+def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = None) -> np.ndarray:
+    """What a student with this action space shall do: the actions themselves, or their tokens.
+
+    :param actions: ``(n, A)``, continuous
+    :param space: Box of shape (A,), or MultiDiscrete([n_bins] * A)
+    :param bounds: what the ends of the bins stand for; None: -1 and 1
+    :return: ``(n, A)`` float32, or int64 tokens
+    :raises ValueError: if the actions do not fit
+    """
+    n_bins = token_bins(space)
+    if n_bins is None and not isinstance(space, spaces.Box):
+        raise ValueError(f"imitation of continuous actions needs a Box or action tokens, but the env takes {space}")
+    low, high = (space.low, space.high) if isinstance(space, spaces.Box) else (-1.0, 1.0)
+    if actions.shape[1:] != space.shape:
+        raise ValueError(f"the demonstrations have actions of shape {actions.shape[1:]}, but the env takes {space}")
+    if np.any(actions < np.asarray(low) - 1e-5) or np.any(actions > np.asarray(high) + 1e-5):
+        raise ValueError(
+            f"the demonstrations have actions from {actions.min():g} to {actions.max():g}, outside of what the env takes, "
+            f"{space if n_bins is None else '[-1, 1] in tokens'}; rescale them"
+        )
+    return actions.astype(np.float32) if n_bins is None else to_tokens(actions, n_bins, bounds)
+
+
+def find_token_bounds(venv: VecEnv) -> Bounds | None:
+    """The bounds of the environments' :class:`ActionTokens`; None: -1 and 1, or no tokens."""
+    return venv.get_attr("token_bounds")[0] if venv.has_attr("token_bounds") else None
 
 
 def _is_unit(low: np.ndarray, high: np.ndarray) -> bool:

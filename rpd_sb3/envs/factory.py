@@ -10,7 +10,8 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from rpd_sb3.bins import N_BINS
+from rpd_sb3.bins import N_BINS, Bounds
+from rpd_sb3.envs.action_adapter import token_bounds
 from rpd_sb3.envs.action_tokens import ActionTokens
 from rpd_sb3.envs.groups import EpisodeSeeds
 from rpd_sb3.envs.tasks import TASKS
@@ -19,8 +20,9 @@ from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import TeacherSpec
 
 VEC_ENVS = ("subproc", "dummy")
-MANISKILL_CONVENTIONS = {"gripper": "-1..1", "rotation": "axis_angle"}
-"""How the actions of a ManiSkill controller are meant, by field of TeacherSpec."""
+Tokens = bool | int | Mapping[str, Any]
+MANISKILL_CONVENTIONS = {"rotation": "axis_angle"}
+"""How the actions of a ManiSkill controller are meant, by field of TeacherSpec that no adapter converts."""
 
 
 def make_env(
@@ -32,7 +34,7 @@ def make_env(
     image_size: int | None = None,
     on_success: str | None = None,
     control_mode: str | None = None,
-    tokens: bool | int = False,
+    tokens: Tokens = False,
     teacher: TeacherSpec | None = None,
     render_mode: str | None = None,
     **env_kwargs: Any,
@@ -48,7 +50,8 @@ def make_env(
     :param image_size: side of the square image in pixels [256, or the teacher's if that is smaller]
     :param on_success: ``terminate``, ``truncate`` or ``continue`` the episode [terminate]
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
-    :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256
+    :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256. Their
+        bounds are the teacher's; a mapping ``{low: [...], high: [...]}`` gives others, e.g. to go on without the teacher
     :param teacher: spec of the teacher whose inputs the observation shall carry under ``teacher/``
     :param render_mode: Gymnasium's
     :param env_kwargs: further arguments of the environment itself
@@ -68,7 +71,7 @@ def make_env(
             raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
         check_env_id(env_id)
         check_teacher(teacher, env_id, None)
-        return _acting_with(tokens, gym.make(env_id, render_mode=render_mode, **env_kwargs))
+        return _acting_with(tokens, teacher, gym.make(env_id, render_mode=render_mode, **env_kwargs))
     from rpd_sb3.envs import maniskill
 
     control_mode = control_mode or "pd_ee_delta_pose"
@@ -89,12 +92,23 @@ def make_env(
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
-    return _acting_with(tokens, maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs))
+    return _acting_with(
+        tokens, teacher, maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs)
+    )
 
 
-def _acting_with(tokens: bool | int, env: gym.Env) -> gym.Env:
+def _acting_with(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> gym.Env:
     """The environment with action tokens if they are asked for."""
-    return env if tokens is False else ActionTokens(env, N_BINS if tokens is True else tokens)
+    if tokens is False:
+        return env
+    if isinstance(tokens, Mapping):
+        if unknown := set(tokens) - {"n_bins", "low", "high"} or {"low", "high"} - set(tokens):
+            raise ValueError(
+                f"tokens={dict(tokens)}: {', '.join(sorted(unknown))}: expected low, high and perhaps n_bins"
+            )
+        return ActionTokens(env, tokens.get("n_bins", N_BINS), Bounds(tokens["low"], tokens["high"]))
+    bounds = None if teacher is None else token_bounds(teacher)
+    return ActionTokens(env, N_BINS if tokens is True else tokens, bounds)
 
 
 def maniskill_ids() -> list[str]:

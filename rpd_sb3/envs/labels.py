@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple
@@ -68,10 +69,12 @@ class PendingLabels:
     :param teacher: who answers
     :param query: n questions; nobody else writes to its arrays
     :param failure: what to do without an answer
+    :param adapt: converts the labels to the environment's conventions
     """
 
-    def __init__(self, teacher: Teacher, query: Query, failure: Failure) -> None:
+    def __init__(self, teacher: Teacher, query: Query, failure: Failure, adapt: Callable[[Labels], Labels]) -> None:
         self.latency: float | None = None
+        self._adapt = adapt
         self._teacher, self._failure = teacher, failure
         self._query: Query | None = query
         self._spec, self._n = teacher.spec, len(query.env_ids)
@@ -100,7 +103,7 @@ class PendingLabels:
         pause = 0.0  # the failure may be long past, and the teacher back
         while self._labels is None and not self._skipped:
             try:
-                self._labels = check_labels(self._answer(), self._spec, self._n)
+                self._labels = self._adapt(check_labels(self._answer(), self._spec, self._n))
             except TeacherUnavailable as error:
                 if self._failure.mode != "wait" or time.monotonic() > until:
                     self._give_up(error)

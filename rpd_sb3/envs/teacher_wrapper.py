@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from rpd_sb3.envs.action_adapter import ActionAdapter
 from rpd_sb3.envs.labels import Failure, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
@@ -40,6 +41,7 @@ class TeacherWrapper(gym.Wrapper):
         if on_failure not in ("raise", "wait"):
             raise ValueError(f"TeacherWrapper: on_failure={on_failure!r} is unknown; choose raise or wait")
         check_spec(teacher.spec, env.observation_space, env.action_space)
+        self.adapter = ActionAdapter(teacher.spec, env.action_space)
         super().__init__(env)
         if instruction is None and env.has_wrapper_attr("instruction"):
             instruction = env.get_wrapper_attr("instruction")
@@ -97,7 +99,7 @@ class TeacherWrapper(gym.Wrapper):
         )
         self._n_queries += 1
         self.n_labels += 1
-        labels = PendingLabels(self.teacher, query, self._failure).get()
+        labels = PendingLabels(self.teacher, query, self._failure, self.adapter).get()
         assert labels is not None
         return labels
 

@@ -8,6 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from rpd_sb3.envs.action_adapter import ActionAdapter, check_tokens
 from rpd_sb3.envs.labels import ON_FAILURE, Failure, LazyLabel, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_spec, find_instructions, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
@@ -49,6 +50,8 @@ class VecTeacher(VecEnvWrapper):
         seed: int = 0,
     ) -> None:
         check_spec(teacher.spec, venv.observation_space, venv.action_space)
+        check_tokens(teacher.spec, venv)
+        self.adapter = ActionAdapter(teacher.spec, venv.action_space)
         super().__init__(venv, observation_space=student_space(venv.observation_space))
         if on_failure not in ON_FAILURE:
             raise ValueError(f"VecTeacher: on_failure={on_failure!r} is unknown; choose one of {', '.join(ON_FAILURE)}")
@@ -158,4 +161,4 @@ class VecTeacher(VecEnvWrapper):
         )
         self._n_queries += 1
         self.n_labels += len(rows)
-        return PendingLabels(self.teacher, query, self._failure)
+        return PendingLabels(self.teacher, query, self._failure, self.adapter)

@@ -12,7 +12,7 @@ from rpd_sb3.protocol import PROTOCOL_VERSION
 from rpd_sb3.protocol.tensors import ProtocolError
 from rpd_sb3.teachers.base import TeacherSpec
 
-_PLAIN = ("name", "control_mode", "env_id", "stateful", "n_bins", "gripper", "rotation", "unnorm_key")
+_PLAIN = ("name", "control_mode", "env_id", "stateful", "n_bins", "gripper", "rotation", "rotation_sign", "unnorm_key")
 ASKERS_INPUTS = {"env_id": "INT64", "episode_start": "BOOL", "action": "FP32", "action_tokens": "INT64"}
 """What every query may carry besides the teacher's inputs; teachers with a memory need the first two."""
 
@@ -53,6 +53,7 @@ def spec_to_json(spec: TeacherSpec) -> dict[str, Any]:
         "action_space": space_to_json(spec.action_space),
         "image_sizes": {camera: list(size) for camera, size in spec.image_sizes.items()},
         "input_shapes": {key: list(shape) for key, shape in spec.input_shapes.items()},
+        "token_bounds": None if spec.token_bounds is None else [list(ends) for ends in spec.token_bounds],
     }
 
 
@@ -68,10 +69,18 @@ def spec_from_json(content: Mapping[str, Any]) -> TeacherSpec:
             action_space=space_from_json(content["action_space"]),
             image_sizes={camera: (int(h), int(w)) for camera, (h, w) in content["image_sizes"].items()},
             input_shapes={key: tuple(map(int, shape)) for key, shape in content["input_shapes"].items()},
+            token_bounds=_bounds(content["token_bounds"]),
             **{key: content[key] for key in _PLAIN},
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, AssertionError) as error:
         raise ProtocolError(f"the teacher's spec cannot be read: {error!r}") from error
+
+
+def _bounds(content: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if content is None:
+        return None
+    low, high = (tuple(map(float, ends)) for ends in content)
+    return low, high
 
 
 def space_to_json(space: spaces.Space) -> dict[str, Any]:

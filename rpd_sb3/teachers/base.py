@@ -17,6 +17,9 @@ from gymnasium import spaces
 TEACHER_PREFIX = "teacher/"
 """Observation keys with this prefix are the teacher's view; the student never sees them."""
 
+GRIPPERS = {"-1..1": (-1.0, 1.0), "0..1": (0.0, 1.0), "1..-1": (1.0, -1.0), "1..0": (1.0, 0.0)}
+"""Values of a closed and of an open gripper: ManiSkill's, OpenVLA's and Octo's, and the same upside down."""
+
 Labels = Dict[str, np.ndarray]
 """Label name (``action``, ``std``, ``logits``, ...) to an array whose first dimension is N."""
 
@@ -78,11 +81,15 @@ class TeacherSpec:
     n_bins: int | None = None
     """Bins of each action dimension, where the teacher has ``logits``."""
     gripper: str | None = None
-    """``-1..1`` (closed to open, ManiSkill's) or ``0..1`` (OpenVLA's and Octo's); None: no gripper, or not known."""
+    """The last dimension, closed to open: one of :data:`GRIPPERS`; None: no gripper, or the environment's own."""
     rotation: str | None = None
     """How the action turns the hand, e.g. ``axis_angle`` (ManiSkill's) or ``euler_xyz``; None: not known."""
     unnorm_key: str | None = None
     """Dataset whose statistics un-normalise the actions; None: there is no such choice."""
+    rotation_sign: int = 1
+    """-1 if the environment turns the other way: dimensions 3 to 5 of an action are to be negated."""
+    token_bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """The actions (in the teacher's own convention) that the ends of the bins stand for; None: -1 and 1."""
 
 
 @runtime_checkable

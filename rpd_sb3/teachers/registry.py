@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from typing import Any
 
 from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import Teacher, TeacherSpec
 
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, the URLs of the replicas of a teacher service, or
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` for a checkpoint folder or hub id, the URLs of the replicas of a teacher service, or
         ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor
@@ -34,6 +34,12 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
 
         _check_arguments(SB3Teacher, name, kwargs, given=2)
         return SB3Teacher(load_sb3_model(rest), name, **kwargs)
+    if kind == "openvla" and rest:
+        _check_packages(name, "openvla", "torch", "transformers", "tokenizers", "safetensors", "PIL")
+        from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
+
+        _check_arguments(OpenVLATeacher, name, kwargs, given=1)
+        return OpenVLATeacher(rest, **kwargs)
     if kind in ("http", "https"):
         from rpd_sb3.teachers.client import RemoteTeacher
 
@@ -42,6 +48,11 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return _make_own(name, kind, rest, kwargs)
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
+
+
+def _check_packages(name: str, extra: str, *packages: str) -> None:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"teacher {name!r} needs {', '.join(missing)}: pip install 'rpd_sb3[{extra}]'")
 
 
 def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teacher:
