@@ -9,14 +9,15 @@ from typing import Any
 from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import Teacher, TeacherSpec
 
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT[,http://HOST:PORT...]", "openpi:HOST:PORT", "MODULE:CLASS")
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, the URLs of the replicas of a teacher service, or
-        ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, the URLs of the replicas of a teacher service,
+        ``openpi:HOST:PORT`` for a policy server of openpi, or ``package.module:Class`` for a class of the user's, which
+        gets ``kwargs`` and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor
     :raises ValueError: for an unknown teacher, a missing file or an argument that the teacher does not have
@@ -39,9 +40,20 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
 
         _check_arguments(RemoteTeacher, name, kwargs, given=1)
         return RemoteTeacher(name.split(","), **kwargs)
+    if kind == "openpi" and rest:
+        return _make_openpi(name, rest, kwargs)
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return _make_own(name, kind, rest, kwargs)
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
+
+
+def _make_openpi(name: str, url: str, kwargs: dict[str, Any]) -> Teacher:
+    try:
+        from rpd_sb3.teachers.openpi import OpenPITeacher
+    except ImportError as error:
+        raise ValueError(f"teacher {name!r}: {error}; pip install 'rpd_sb3[openpi]'") from error
+    _check_arguments(OpenPITeacher, name, kwargs, given=1)
+    return OpenPITeacher(url, **kwargs)
 
 
 def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teacher:
