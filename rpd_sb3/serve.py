@@ -77,7 +77,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--name {args.name!r} must consist of letters, digits, '-', '_' and '.'")
     if args.teacher == "scripted" and args.env is None:
         raise ValueError("--env is missing: a scripted teacher knows one task, e.g. --env PickCube-v1")
-    if args.teacher.startswith(("http:", "https:")):
+    if args.teacher.startswith(("http:", "https:", "openpi:")):
         raise ValueError(f"--teacher {args.teacher} is a service already; train with it")
     if args.engine == "local" and args.replicas != 1:
         raise ValueError(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
 import urllib.error
 import urllib.request
+from contextlib import closing
 from difflib import get_close_matches
-from http.client import HTTPException
+from http.client import FORBIDDEN, SWITCHING_PROTOCOLS, UNAUTHORIZED, HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from rpd_sb3.findings import FAIL, OK, Finding
 from rpd_sb3.protocol import PROTOCOL_VERSION
+from rpd_sb3.protocol.urls import OPENPI_API_KEY, openpi_url
 
-TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT", "openpi:HOST:PORT", "MODULE:CLASS")
 TIMEOUT = 5.0
 """Seconds for one answer of a service."""
 MAX_BYTES = 2**20
+BINARY_FRAME = b"\x82"
+"""First byte of a binary message in one frame (RFC 6455, section 5.2)."""
 
 
 class Answer(NamedTuple):
@@ -32,7 +38,8 @@ class Answer(NamedTuple):
 def check_teacher(teacher: str) -> list[Finding]:
     """Whether the teacher can be asked.
 
-    :param teacher: ``scripted``, ``sb3:FILE``, ``openvla:PATH``, the URLs of a service's replicas, or ``package.module:Class``
+    :param teacher: ``scripted``, ``sb3:FILE``, ``openvla:PATH``, the URLs of a service's replicas,
+        ``openpi:HOST:PORT``, or ``package.module:Class``
     :return: one line, or one for each replica
     """
     name = f"Teacher {teacher}"
@@ -48,6 +55,8 @@ def check_teacher(teacher: str) -> list[Finding]:
         return [_check_openvla(name, rest)]
     if kind in ("http", "https"):
         return _check_replicas(teacher.split(","))
+    if kind == "openpi" and rest:
+        return [_check_openpi(name, rest)]
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return [_check_module(name, kind)]
     closest = get_close_matches(teacher, TEACHERS, n=1, cutoff=0.3)
@@ -78,6 +87,43 @@ def _check_module(name: str, module: str) -> Finding:
     if found is None:
         return Finding(name, FAIL, f"no module {module}", "run this in its folder, or set PYTHONPATH")
     return Finding(name, OK, f"in {found.origin}")
+
+
+def _check_openpi(name: str, address: str) -> Finding:
+    """Opens a WebSocket (RFC 6455) and looks at the first frame: an openpi server speaks first, with its metadata."""
+    try:
+        url = urlsplit(openpi_url(address))
+        kind = HTTPSConnection if url.scheme == "wss" else HTTPConnection
+        connection = kind(url.hostname or "", url.port, timeout=TIMEOUT)
+        with closing(connection):
+            connection.request("GET", url.path or "/", headers=_upgrade())
+            response = connection.getresponse()
+            with response:
+                first = response.fp.read(1) if response.status == SWITCHING_PROTOCOLS else b""
+    except (OSError, HTTPException, ValueError) as error:
+        return Finding(
+            name, FAIL, f"no answer: {error}", "start openpi's scripts/serve_policy.py there, and wait for it"
+        )
+    if response.status in (UNAUTHORIZED, FORBIDDEN):
+        return Finding(name, FAIL, f"it wants another API key (HTTP {response.status})", f"export {OPENPI_API_KEY}=...")
+    if first != BINARY_FRAME:
+        reason = "it does not begin with metadata" if first else f"HTTP {response.status} instead of a WebSocket"
+        return Finding(name, FAIL, f"no openpi server: {reason}", "start openpi's scripts/serve_policy.py there")
+    missing = [module for module in ("msgpack", "PIL", "websockets") if importlib.util.find_spec(module) is None]
+    if missing:
+        return Finding(name, FAIL, f"answers, but here is no {', '.join(missing)}", "pip install 'rpd_sb3[openpi]'")
+    return Finding(name, OK, "an openpi server answers; what it wants to see is known when it is asked")
+
+
+def _upgrade() -> dict[str, str]:
+    key = os.environ.get(OPENPI_API_KEY)
+    return {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
+        **({"Authorization": f"Api-Key {key}"} if key else {}),
+    }
 
 
 def _check_replicas(urls: list[str]) -> list[Finding]:

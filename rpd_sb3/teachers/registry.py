@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from typing import Any
 
 from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import Teacher, TeacherSpec
 
-TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
+TEACHERS = (
+    "scripted",
+    "sb3:FILE",
+    "openvla:PATH",
+    "http://HOST:PORT[,http://HOST:PORT...]",
+    "openpi:HOST:PORT",
+    "MODULE:CLASS",
+)
+MODELS = {
+    "openvla": ("rpd_sb3.teachers.openvla.teacher", "OpenVLATeacher", "pip install 'rpd_sb3[openvla]'"),
+    "openpi": ("rpd_sb3.teachers.openpi", "OpenPITeacher", "pip install 'rpd_sb3[openpi]'"),
+}
+"""Kind to module, class, and how to get what it needs."""
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` for a checkpoint folder or hub id, the URLs of the replicas of a teacher service, or
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` for a checkpoint folder or hub id, the
+        URLs of the replicas of a teacher service, ``openpi:HOST:PORT`` for a policy server of openpi, or
         ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor
@@ -34,12 +47,8 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
 
         _check_arguments(SB3Teacher, name, kwargs, given=2)
         return SB3Teacher(load_sb3_model(rest), name, **kwargs)
-    if kind == "openvla" and rest:
-        _check_packages(name, "openvla", "torch", "transformers", "tokenizers", "safetensors", "PIL")
-        from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
-
-        _check_arguments(OpenVLATeacher, name, kwargs, given=1)
-        return OpenVLATeacher(rest, **kwargs)
+    if kind in MODELS and rest:
+        return _make_model(name, kind, rest, kwargs)
     if kind in ("http", "https"):
         from rpd_sb3.teachers.client import RemoteTeacher
 
@@ -50,9 +59,15 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
 
 
-def _check_packages(name: str, extra: str, *packages: str) -> None:
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        raise ValueError(f"teacher {name!r} needs {', '.join(missing)}: pip install 'rpd_sb3[{extra}]'")
+def _make_model(name: str, kind: str, rest: str, kwargs: dict[str, Any]) -> Teacher:
+    module, cls, install = MODELS[kind]
+    try:
+        teacher = getattr(importlib.import_module(module), cls)
+    except ImportError as error:
+        raise ValueError(f"teacher {name!r}: {error}; {install}") from error
+    _check_arguments(teacher, name, kwargs, given=1)
+    made: Teacher = teacher(rest, **kwargs)
+    return made
 
 
 def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teacher:
