@@ -129,7 +129,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         )
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json")
-    return Checkpoint(folder, config, text_config, _find_tensors(folder), _normalization(folder), stats)
+    return Checkpoint(folder, config, text_config, _find_tensors(folder), read_normalization(folder), stats)
 
 
 def _download(path: str) -> Path:
@@ -203,7 +203,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _normalization(folder: Path) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+def read_normalization(folder: Path) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
     """The values that upstream really uses: ``tvf_normalize_params``, which training's conversion rounded to bfloat16."""
     content = _read_json(folder / "preprocessor_config.json")
     try:
