@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rpd_sb3.findings import FAIL, OK, Finding
 from rpd_sb3.protocol import PROTOCOL_VERSION
 
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "octo:PATH", "http://HOST:PORT", "MODULE:CLASS")
 TIMEOUT = 5.0
 """Seconds for one answer of a service."""
 MAX_BYTES = 2**20
@@ -32,7 +32,8 @@ class Answer(NamedTuple):
 def check_teacher(teacher: str) -> list[Finding]:
     """Whether the teacher can be asked.
 
-    :param teacher: ``scripted``, ``sb3:FILE``, the URLs of a service's replicas, or ``package.module:Class``
+    :param teacher: ``scripted``, ``sb3:FILE``, ``octo:PATH``, the URLs of a service's replicas, or
+        ``package.module:Class``
     :return: one line, or one for each replica
     """
     name = f"Teacher {teacher}"
@@ -44,12 +45,28 @@ def check_teacher(teacher: str) -> list[Finding]:
         if Path(rest).is_file() or Path(f"{rest}.zip").is_file():
             return [Finding(name, OK, "the file exists")]
         return [Finding(name, FAIL, "no such file", "--teacher sb3:FILE, a model that SB3's save() has written")]
+    if kind == "octo":
+        return [_check_octo(name, rest)]
     if kind in ("http", "https"):
         return _check_replicas(teacher.split(","))
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return [_check_module(name, kind)]
     closest = get_close_matches(teacher, TEACHERS, n=1, cutoff=0.3)
     return [Finding(name, FAIL, "unknown kind of teacher", f"--teacher {' or '.join(closest or TEACHERS)}")]
+
+
+def _check_octo(name: str, path: str) -> Finding:
+    if importlib.util.find_spec("octo") is None:
+        return Finding(
+            name, FAIL, "the package octo is not installed here", "install requirements/octo.txt, or use a URL"
+        )
+    if path.startswith("hf://"):
+        return Finding(name, OK, "on the hub, not looked at")
+    if (Path(path) / "config.json").is_file():
+        return Finding(name, OK, "the checkpoint exists")
+    return Finding(
+        name, FAIL, "no config.json there", "--teacher octo:PATH, a folder of octo's save_pretrained, or hf://org/name"
+    )
 
 
 def _check_module(name: str, module: str) -> Finding:

@@ -9,14 +9,15 @@ from typing import Any
 from rpd_sb3.names import closest
 from rpd_sb3.teachers.base import Teacher, TeacherSpec
 
-TEACHERS = ("scripted", "sb3:FILE", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
+TEACHERS = ("scripted", "sb3:FILE", "octo:PATH", "http://HOST:PORT[,http://HOST:PORT...]", "MODULE:CLASS")
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, the URLs of the replicas of a teacher service, or
-        ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``octo:PATH`` for a checkpoint of Octo, the URLs of
+        the replicas of a teacher service, or ``package.module:Class`` for a class of the user's, which gets ``kwargs``
+        and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor
     :raises ValueError: for an unknown teacher, a missing file or an argument that the teacher does not have
@@ -34,6 +35,11 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
 
         _check_arguments(SB3Teacher, name, kwargs, given=2)
         return SB3Teacher(load_sb3_model(rest), name, **kwargs)
+    if kind == "octo" and rest:
+        from rpd_sb3.teachers.octo import OctoTeacher
+
+        _check_arguments(OctoTeacher, name, kwargs, given=1)
+        return OctoTeacher(rest, **kwargs)
     if kind in ("http", "https"):
         from rpd_sb3.teachers.client import RemoteTeacher
 
