@@ -406,6 +406,7 @@ def test_a_mixed_installation_is_told_without_executing_it(tmp_path: Path, monke
         ("raise RuntimeError('jaxlib version 0.4.38 is newer than and incompatible')", "install jaxlib==0.4.20"),
         ("raise AttributeError(\"module 'jax.random' has no attribute 'KeyArray'\")", "install jax==0.4.20"),
         ("raise ImportError('numpy.core.multiarray failed')", r"\(numpy.core.multiarray failed\): install what"),
+        ("raise ValueError('numpy.dtype size changed.')", r"\(numpy.dtype size changed\): install what"),
         ("class OctoModel:\n    def sample_actions(self, pad_mask): ...", "is version 0.1 or older"),
     ],
 )

@@ -70,7 +70,7 @@ def import_model_class() -> Any:
     check_package()
     try:
         cls = importlib.import_module("octo.model.octo_model").OctoModel
-    except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(explained(error)) from error
     if "timestep_pad_mask" not in inspect.signature(cls.sample_actions).parameters:
         raise ValueError(

@@ -25,7 +25,7 @@ class Sampler:
     The transformer runs once for a row, its head S times. The key of a sample is
     ``fold_in(fold_in(fold_in(PRNGKey(seed), env_id), count), sample)``, so it depends neither on the other rows nor on
     the padding. What is left of the batch's size are the last bits of its matrix products, which twenty steps of
-    diffusion amplify: to some 1e-6 at most, 1e-4 for a sample in the tails.
+    diffusion amplify: between 1 and 32 rows the median of the difference was 1e-6, the largest of 224 values 6e-5.
 
     :param model: the loaded ``OctoModel``
     :param n_samples: S
@@ -45,7 +45,7 @@ class Sampler:
             dataset_statistics=None,
         )
         self._sample = jax.jit(functools.partial(_sample, n_samples=n_samples))
-        self._tokens = functools.lru_cache(maxsize=MAX_INSTRUCTIONS)(functools.partial(_tokens, model))
+        self._tokens = functools.lru_cache(maxsize=MAX_INSTRUCTIONS)(functools.partial(_tokens, self._model))
 
     def draw(
         self,
