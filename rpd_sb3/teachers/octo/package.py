@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 COMMIT = "241fb3514b7c40957a86d869fecb7c7fc353f540"
-"""Of the repository octo-models/octo; what this teacher is written for and tested with."""
+"""Of the repository octo-models/octo; what this teacher is written for."""
 INSTALL = "install what requirements/octo.txt lists, in the order that it says"
 FOREIGN = ("manager.py", "plugin.py")
 """Files of the plugin framework that are none of the robot model's."""
@@ -27,12 +27,12 @@ class Clash(NamedTuple):
 
 
 CLASHES = (
-    Clash("scipy.linalg", "scipy==1.11.4 (JAX 0.4.20 needs it below 1.13)"),
+    Clash("scipy.linalg", "scipy==1.11.4 (JAX 0.4.20 does not work with 1.15)"),
     Clash("jaxlib version", "jaxlib==0.4.20, the same version as jax"),
     Clash("FlaxAutoModel", "transformers==4.36.2 (5 has no Flax)"),
     Clash("FlaxT5EncoderModel", "transformers==4.36.2 (5 has no Flax)"),
     Clash("KeyArray", "jax==0.4.20 and jaxlib==0.4.20"),
-    Clash("define_bool_state", "jax==0.4.20 and jaxlib==0.4.20 (flax 0.7.5 does not know later ones)"),
+    Clash("define_bool_state", "jax==0.4.20 and jaxlib==0.4.20 (flax 0.7.5 does not know 0.4.25)"),
 )
 
 
