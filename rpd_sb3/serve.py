@@ -23,7 +23,7 @@ def make_parser() -> Parser:
     """Every flag."""
     parser = Parser(prog="python -m rpd_sb3.serve", description=__doc__)
     add = parser.add_argument
-    add("--teacher", required=True, help="scripted, sb3:FILE, openvla:PATH, or MODULE:CLASS for your own")
+    add("--teacher", required=True, help="scripted, sb3:FILE, openvla:PATH, octo:PATH, or MODULE:CLASS for your own")
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--env", metavar="ID", help="environment that the teacher is for; scripted needs it")
     add("--name", default="teacher", help="of the model, under which clients ask for it")

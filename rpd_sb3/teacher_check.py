@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from contextlib import closing
@@ -19,7 +20,20 @@ from rpd_sb3.findings import FAIL, OK, Finding
 from rpd_sb3.protocol import PROTOCOL_VERSION
 from rpd_sb3.protocol.urls import OPENPI_API_KEY, openpi_url
 
-TEACHERS = ("scripted", "sb3:FILE", "openvla:PATH", "http://HOST:PORT", "openpi:HOST:PORT", "MODULE:CLASS")
+TEACHERS = (
+    "scripted",
+    "sb3:FILE",
+    "openvla:PATH",
+    "octo:PATH",
+    "http://HOST:PORT",
+    "openpi:HOST:PORT",
+    "MODULE:CLASS",
+)
+CHECKPOINTS = {
+    "openvla": (("transformers", "tokenizers", "safetensors", "PIL"), "pip install 'rpd_sb3[openvla]'"),
+    "octo": (("octo",), "install requirements/octo.txt"),
+}
+"""Kind of teacher to the packages that it needs, and where they come from."""
 TIMEOUT = 5.0
 """Seconds for one answer of a service."""
 MAX_BYTES = 2**20
@@ -38,7 +52,7 @@ class Answer(NamedTuple):
 def check_teacher(teacher: str) -> list[Finding]:
     """Whether the teacher can be asked.
 
-    :param teacher: ``scripted``, ``sb3:FILE``, ``openvla:PATH``, the URLs of a service's replicas,
+    :param teacher: ``scripted``, ``sb3:FILE``, ``openvla:PATH``, ``octo:PATH``, the URLs of a service's replicas,
         ``openpi:HOST:PORT``, or ``package.module:Class``
     :return: one line, or one for each replica
     """
@@ -51,8 +65,8 @@ def check_teacher(teacher: str) -> list[Finding]:
         if Path(rest).is_file() or Path(f"{rest}.zip").is_file():
             return [Finding(name, OK, "the file exists")]
         return [Finding(name, FAIL, "no such file", "--teacher sb3:FILE, a model that SB3's save() has written")]
-    if kind == "openvla" and rest:
-        return [_check_openvla(name, rest)]
+    if kind in CHECKPOINTS and rest:
+        return [_check_checkpoint(name, kind, rest)]
     if kind in ("http", "https"):
         return _check_replicas(teacher.split(","))
     if kind == "openpi" and rest:
@@ -63,20 +77,15 @@ def check_teacher(teacher: str) -> list[Finding]:
     return [Finding(name, FAIL, "unknown kind of teacher", f"--teacher {' or '.join(closest or TEACHERS)}")]
 
 
-def _check_openvla(name: str, path: str) -> Finding:
-    fix = "--teacher openvla:PATH, a checkpoint folder or the hub id of a model"
-    if missing := [package for package in ("transformers", "tokenizers", "safetensors", "PIL") if _lacks(package)]:
-        return Finding(name, FAIL, f"{', '.join(missing)} not installed", "pip install 'rpd_sb3[openvla]'")
-    if Path(path).is_dir():
-        complete = (Path(path) / "config.json").is_file()
-        return Finding(name, OK if complete else FAIL, "the folder exists" if complete else "no config.json in it", fix)
-    if path.count("/") == 1 and not path.startswith((".", "~")):
-        return Finding(name, OK, "no such folder; taken for a hub id")
-    return Finding(name, FAIL, "no such folder", fix)
-
-
-def _lacks(package: str) -> bool:
-    return importlib.util.find_spec(package) is None
+def _check_checkpoint(name: str, kind: str, path: str) -> Finding:
+    packages, install = CHECKPOINTS[kind]
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        return Finding(name, FAIL, f"not installed here: {', '.join(missing)}", f"{install}, or use a service's URL")
+    if (Path(path) / "config.json").is_file():
+        return Finding(name, OK, "the checkpoint exists")
+    if not Path(path).is_dir() and (path.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", path)):
+        return Finding(name, OK, "on the hub, not looked at")
+    return Finding(name, FAIL, "no config.json there", f"--teacher {kind}:PATH, a checkpoint's folder or its hub id")
 
 
 def _check_module(name: str, module: str) -> Finding:

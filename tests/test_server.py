@@ -646,8 +646,9 @@ def test_port_is_taken_as_soon_as_it_is_bound() -> None:
 # ---- next to any VLA
 
 LIGHT = ["serve", "protocol.messages", "protocol.spec", "protocol.shared_memory", "serving.app", "serving.engine"]
-LIGHT += ["teachers", "teachers.base", "teachers.scripted", "teachers.registry"]
+LIGHT += ["teachers", "teachers.base", "teachers.octo", "teachers.scripted", "teachers.registry"]
 FILES = ["__init__", "cli", "bins", "names", "serve", "config", "protocol/*", "serving/[!r]*", "serving/re*"]
+FILES += ["teachers/octo/*"]
 FILES += [
     f"teachers/{name}"
     for name in ("__init__", "base", "experts", "mixture", "motion", "privileged", "registry", "scripted")

@@ -57,6 +57,7 @@ class OpenPITeacher:
     :param control_mode: controller that the actions are meant for; None: not tied to one
     :param gripper: as in :class:`TeacherSpec`
     :param rotation: as in :class:`TeacherSpec`
+    :param rotation_sign: as in :class:`TeacherSpec`
     :param n_connections: observations that are on their way at a time
     :param max_pending: queries at a time; :meth:`submit` waits for room beyond that
     :param timeout: seconds for one attempt
@@ -78,6 +79,7 @@ class OpenPITeacher:
         control_mode: str | None = None,
         gripper: str | None = None,
         rotation: str | None = None,
+        rotation_sign: int = 1,
         n_connections: int = 4,
         max_pending: int = 4,
         timeout: float = 60.0,
@@ -115,6 +117,7 @@ class OpenPITeacher:
             stateful=exec_horizon > 1,
             gripper=gripper,
             rotation=rotation,
+            rotation_sign=rotation_sign,
         )
         # Daemons: a machine that does not answer at all cannot keep the process from ending.
         self._threads = [threading.Thread(target=self._work, args=(c,), daemon=True) for c in self._connections]

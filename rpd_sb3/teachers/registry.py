@@ -13,12 +13,14 @@ TEACHERS = (
     "scripted",
     "sb3:FILE",
     "openvla:PATH",
+    "octo:PATH",
     "http://HOST:PORT[,http://HOST:PORT...]",
     "openpi:HOST:PORT",
     "MODULE:CLASS",
 )
 MODELS = {
     "openvla": ("rpd_sb3.teachers.openvla.teacher", "OpenVLATeacher", "pip install 'rpd_sb3[openvla]'"),
+    "octo": ("rpd_sb3.teachers.octo", "OctoTeacher", "install requirements/octo.txt"),
     "openpi": ("rpd_sb3.teachers.openpi", "OpenPITeacher", "pip install 'rpd_sb3[openpi]'"),
 }
 """Kind to module, class, and how to get what it needs."""
@@ -27,8 +29,8 @@ MODELS = {
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` for a checkpoint folder or hub id, the
-        URLs of the replicas of a teacher service, ``openpi:HOST:PORT`` for a policy server of openpi, or
+    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` and ``octo:PATH`` for a
+        checkpoint, the URLs of the replicas of a teacher service, ``openpi:HOST:PORT`` for a policy server of openpi, or
         ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
     :param env_id: environment that it is to teach
     :param kwargs: further arguments of the teacher's constructor

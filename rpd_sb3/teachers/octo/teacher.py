@@ -1,0 +1,233 @@
+"""Octo, a generalist robot policy with a diffusion head (https://octo-models.github.io), as a teacher.
+
+Shape letters: N queries in a batch, H and W pixels, S samples, E actions that are executed of a chunk, A = 7 action
+dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from rpd_sb3.teachers.base import GRIPPERS, Labels, LocalTeacher, Query, TeacherSpec
+from rpd_sb3.teachers.octo.checkpoint import (
+    ACTION_SIZE,
+    HUB,
+    Checkpoint,
+    action_statistics,
+    is_deterministic,
+    load_checkpoint,
+)
+from rpd_sb3.teachers.octo.memory import Memory, Plan, window
+from rpd_sb3.teachers.octo.sampler import Sampler
+
+PRIMARY, WRIST = "image_primary", "image_wrist"
+
+
+class OctoTeacher(LocalTeacher):
+    """Labels with actions that Octo samples from images and an instruction.
+
+    It gives ``action`` (N, A) float32: position, rotation and gripper, un-normalised with the statistics of the
+    checkpoint, not clipped, in the conventions of the dataset that Octo was trained on. With several samples the action
+    is their mean and there is ``std`` (N, A), their standard deviation (ddof 0).
+
+    Octo lives in an environment of its own, see ``requirements/octo.txt`` and ``docs/octo.md``. The noise of an answer
+    follows from the seed, the environment's id and how many answers that environment had drawn before; it does not
+    depend on the batch that the question came in, nor on who else asks.
+
+    :param path: folder of a checkpoint, or ``hf://org/name``
+    :param step: which step of a folder; None: the latest
+    :param unnorm_key: dataset whose statistics un-normalise the actions; None: those of a fine-tuned checkpoint
+    :param n_samples: S, actions that are drawn for an answer
+    :param std_floor: least ``std``, in units of the action
+    :param horizon: images that Octo looks back at, the present one included
+    :param exec_horizon: E, actions of a chunk that are given before Octo is asked again
+    :param camera: whose images are Octo's primary ones
+    :param wrist_camera: whose images are those of its wrist camera; None: it does without
+    :param seed: of the samples
+    :param gripper: convention of the checkpoint's dataset, one of :data:`~rpd_sb3.teachers.base.GRIPPERS`; None: not known
+    :param rotation: the same for rotations, ``axis_angle`` or ``euler_xyz``; None: not known
+    :param rotation_sign: -1 if the environment turns the hand the other way than that of the demonstrations
+    :param control_mode: controller that the actions are meant for; None: not tied to one
+    :param batch_sizes: to which questions are padded; each size is compiled once
+    :param warm_up: compile all of them now; False: when they first occur, which takes seconds then
+    :raises ValueError: for an argument out of range, a missing, foreign or broken octo, or a checkpoint that is missing
+        or does not fit the arguments
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        step: int | None = None,
+        unnorm_key: str | None = None,
+        n_samples: int = 1,
+        std_floor: float = 0.02,
+        horizon: int = 1,
+        exec_horizon: int = 1,
+        camera: str = "human",
+        wrist_camera: str | None = None,
+        seed: int = 0,
+        gripper: str | None = "0..1",
+        rotation: str | None = None,
+        rotation_sign: int = 1,
+        control_mode: str | None = None,
+        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+        warm_up: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_numbers(n_samples=n_samples, horizon=horizon, exec_horizon=exec_horizon)
+        _check_seed_and_step(seed, step, path)
+        _check_batch_sizes(batch_sizes)
+        if not (_is_number(std_floor) and 0 < std_floor < np.inf):
+            raise ValueError(f"std_floor={std_floor!r} must be a positive number")
+        if gripper is not None and gripper not in GRIPPERS:
+            raise ValueError(f"gripper={gripper!r} must be one of {', '.join(GRIPPERS)}, or None where it is not known")
+        texts = {"unnorm_key": unnorm_key, "wrist_camera": wrist_camera, "rotation": rotation}
+        _check_texts({**texts, "control_mode": control_mode}, camera)
+        self._cameras = {PRIMARY: camera, **({WRIST: wrist_camera} if wrist_camera is not None else {})}
+        checkpoint = load_checkpoint(path, step)
+        self._check_fit(checkpoint, n_samples, horizon, exec_horizon, path)
+        self._statistics = action_statistics(checkpoint.model.dataset_statistics, unnorm_key)
+        self._exec_horizon, self._std_floor = exec_horizon, np.float32(std_floor)
+        self._memory = Memory(horizon, exec_horizon)
+        sizes = {key: checkpoint.image_sizes[key] for key in self._cameras}
+        self.spec = TeacherSpec(
+            name="octo",
+            labels=frozenset({"action", "std"} if n_samples > 1 else {"action"}),
+            inputs=(*(f"images.{name}" for name in self._cameras.values()), "instruction"),
+            action_space=spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32),
+            image_sizes={self._cameras[key]: size for key, size in sizes.items()},
+            control_mode=control_mode,
+            stateful=self._memory.stateful,
+            gripper=gripper,
+            rotation=rotation,
+            rotation_sign=rotation_sign,
+            unnorm_key=unnorm_key,
+        )
+        self._sampler = Sampler(checkpoint.model, n_samples, batch_sizes, seed)
+        if warm_up:
+            self._sampler.warm_up(sizes, horizon)
+
+    def label(self, query: Query) -> Labels:
+        """What Octo would do.
+
+        :param query: ``images.<camera>`` (N, H, W, 3) uint8 of the checkpoint's size, ``instruction`` (N,) str
+        :return: ``action`` (N, A) float32, and ``std`` (N, A) float32 if there are several samples
+        :raises ValueError: for inputs of another type or shape, and for an environment that a teacher with a memory
+            does not know
+        """
+        images, instructions = self._checked(query)
+        env_ids, starts = query.env_ids.tolist(), query.episode_starts.tolist()
+        self._memory.check(env_ids, starts)
+        histories = [
+            self._memory.history(env, start, {key: array[i] for key, array in images.items()})
+            for i, (env, start) in enumerate(zip(env_ids, starts))
+        ]
+        known = [self._memory.plan(*row) for row in zip(env_ids, starts, instructions)]
+        asked = [i for i, plan in enumerate(known) if plan is None]
+        fresh = iter(
+            self._ask([histories[i] for i in asked], [instructions[i] for i in asked], [env_ids[i] for i in asked])
+            if asked
+            else []
+        )
+        plans = [next(fresh) if plan is None else plan for plan in known]
+        # Only now: a query that fails leaves no trace.
+        self._memory.drawn([env_ids[i] for i in asked])
+        for env, history, plan in zip(env_ids, histories, plans):
+            self._memory.keep(env, history, plan.rest())
+        labels = {"action": np.stack([plan.actions[0] for plan in plans])}
+        if "std" in self.spec.labels:
+            labels["std"] = np.stack([plan.stds[0] for plan in plans])
+        return labels
+
+    def _ask(self, histories: list[Any], instructions: list[str], env_ids: list[int]) -> list[Plan]:
+        """Chunks of the model: mean and std over the samples."""
+        images, mask = window(histories, self._memory.horizon)
+        counts = self._memory.counts(env_ids)
+        chunks = self._sampler.draw(images, mask, instructions, env_ids, counts)[:, :, : self._exec_horizon]
+        samples = self._statistics.unnormalized(chunks)
+        means = samples.mean(axis=1, dtype=np.float64).astype(np.float32)
+        stds = np.maximum(samples.std(axis=1, dtype=np.float64).astype(np.float32), self._std_floor)
+        return [Plan(*row) for row in zip(instructions, means, stds)]
+
+    def _checked(self, query: Query) -> tuple[dict[str, np.ndarray], list[str]]:
+        n = len(query.env_ids)
+        images = {}
+        for key, camera in self._cameras.items():
+            array = query.inputs[f"images.{camera}"]
+            shape = (n, *self.spec.image_sizes[camera], 3)
+            # Octo takes floats in [0, 1] without a word, and gives other actions.
+            if array.dtype != np.uint8 or array.shape != shape:
+                raise ValueError(
+                    f"teacher 'octo': images.{camera} must be uint8 of shape {shape}, got {array.dtype} {array.shape}"
+                )
+            images[key] = array
+        instructions = np.asarray(query.inputs["instruction"])
+        if instructions.shape != (n,) or not all(isinstance(text, str) for text in instructions.tolist()):
+            raise ValueError(
+                f"teacher 'octo': instruction must be {n} strings, got {instructions.dtype} {instructions.shape}"
+            )
+        return images, instructions.tolist()
+
+    def _check_fit(self, checkpoint: Checkpoint, n_samples: int, horizon: int, exec_horizon: int, path: str) -> None:
+        for key, camera in self._cameras.items():
+            if key not in checkpoint.image_sizes:
+                has = ", ".join(checkpoint.image_sizes) or "none"
+                raise ValueError(f"octo's checkpoint {path!r} has no {key} for camera {camera!r}; its images are {has}")
+        if horizon > checkpoint.max_horizon:
+            raise ValueError(
+                f"horizon={horizon} must be at most {checkpoint.max_horizon}, the checkpoint's max_horizon"
+            )
+        if exec_horizon > checkpoint.action_horizon:
+            raise ValueError(
+                f"exec_horizon={exec_horizon} must be at most {checkpoint.action_horizon}, the actions of the checkpoint's "
+                "chunks"
+            )
+        if n_samples > 1 and is_deterministic(checkpoint.model):
+            raise ValueError(
+                f"n_samples={n_samples} must be 1: the head of octo's checkpoint {path!r} is deterministic"
+            )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_numbers(**values: object) -> None:
+    for name, value in values.items():
+        if not _is_whole(value) or value < 1:  # type: ignore[operator]
+            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
+def _check_seed_and_step(seed: object, step: object, path: object) -> None:
+    if not _is_whole(seed) or not 0 <= seed < 2**32:  # type: ignore[operator]
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
+    if step is not None and (not _is_whole(step) or step < 0):  # type: ignore[operator]
+        raise ValueError(f"step={step!r} must be a whole number, or None for the latest")
+    if not isinstance(path, str) or path in ("", HUB):
+        raise ValueError(f"path={path!r} must be the folder of a checkpoint, or {HUB}org/name")
+    if step is not None and path.startswith(HUB):
+        raise ValueError(f"step={step} cannot be chosen from the hub: {path!r} means its latest step")
+
+
+def _check_batch_sizes(batch_sizes: object) -> None:
+    if not (
+        isinstance(batch_sizes, (list, tuple)) and batch_sizes and all(_is_whole(x) and x > 0 for x in batch_sizes)
+    ):
+        raise ValueError(f"batch_sizes={batch_sizes!r} must be a list of whole numbers, each at least 1")
+
+
+def _check_texts(optional: Mapping[str, object], camera: object) -> None:
+    for name, value in {**optional, "camera": camera}.items():
+        if (value is not None or name == "camera") and not (isinstance(value, str) and value):
+            raise ValueError(f"{name}={value!r} must be a text")
+    if optional["wrist_camera"] == camera:
+        raise ValueError(f"camera and wrist_camera are both {camera!r}: they must be two cameras")
