@@ -115,9 +115,13 @@ class OpenVLAModel(nn.Module):
         :param tokens: ids ``(B, A)``; the last one is not read
         :return: ``(B, A, V)``
         """
+        return self.language_model.lm_head(self.hidden(batch, tokens))
+
+    def hidden(self, batch: Batch, tokens: th.Tensor) -> th.Tensor:
+        """What :meth:`forward` makes its logits of, ``(B, A, E)``."""
         embeddings, real, positions = self._embed(batch, tokens[:, :-1])
         hidden = self._llama(embeddings, positions, self._mask(real, embeddings.shape[1], 0, embeddings.device), None)
-        return self.language_model.lm_head(hidden[:, -tokens.shape[1] :])
+        return hidden[:, -tokens.shape[1] :]
 
     def read(self, batch: Batch, n_more: int) -> Prompted:
         """Read the prompts.
