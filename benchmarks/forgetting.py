@@ -20,7 +20,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from rpd_sb3 import demonstrations
+from rpd_sb3 import demonstrations, recording
 from rpd_sb3.algos import GRPO, OPD, SFT
 from rpd_sb3.envs import VecTeacher, make_vec_env
 from rpd_sb3.evaluation import Evaluator
@@ -50,7 +50,7 @@ def teach(env_id: str, n_envs: int, seed: int, **kwargs: Any) -> VecTeacher:
 def record(env_id: str, n_episodes: int, seed: int) -> demonstrations.Demonstrations:
     """Demonstrations of a slightly noisy teacher."""
     venv = teach(env_id, 8, seed, noise=0.1)
-    demos = demonstrations.record(venv, n_episodes, seed=seed)
+    demos = recording.record(venv, n_episodes, seed=seed)
     venv.close()
     return demos
 

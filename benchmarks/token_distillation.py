@@ -237,11 +237,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--labels", nargs="+", help="only these runs of the rows, e.g. PPO ROAD")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--root", type=Path, default=Path("logs/tokens"), help="where the run folders go")
     parser.add_argument("--tables-only", action="store_true")
     args = parser.parse_args()
     todo = [cell for seed in args.seeds for row in args.rows for cell in ROWS[row](seed, args.root)]
+    todo = [cell for cell in todo if args.labels is None or cell.label in args.labels]
     records = load(RESULTS) if args.tables_only else run(todo, args.root, RESULTS, args.jobs, extra)
     print("\n\n".join(table(row, records) for row in args.rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def make_parser() -> Parser:
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="episodes to keep [100]")
     add("--only-successful", action="store_true", help="keep only episodes that were successful at some step")
+    add("--noise", type=float, default=0.0, metavar="STD", help="on the actions executed, not on those recorded [0]")
     add("--out", metavar="FILE", help="file to write: .npz, or .hdf5 or .h5 in robomimic's layout")
     add("--lerobot", metavar="DIR", help="also, or only, write a LeRobot dataset to a new folder")
     add("--fps", type=whole_number, metavar="N", help="steps a second, for LeRobot [those of the environment]")
@@ -62,6 +64,8 @@ def check(argv: Sequence[str]) -> Any:
     if args.out is None and args.lerobot is None:
         raise ValueError("--out is missing: where shall the episodes go, e.g. --out demos.npz")
     check_at_least(vars(args), AT_LEAST)
+    if not 0.0 <= args.noise < math.inf:
+        raise ValueError(f"--noise {args.noise} must be a std, at least 0")
     from rpd_sb3.demonstration_formats import check_lerobot
     from rpd_sb3.demonstrations import check_suffix
 
@@ -114,7 +118,8 @@ class Job:
     def run(self, interrupt: Interrupt) -> int:
         """Record the episodes, write them, and say how it went."""
         from rpd_sb3.demonstration_formats import export_lerobot
-        from rpd_sb3.demonstrations import record, save
+        from rpd_sb3.demonstrations import save
+        from rpd_sb3.recording import record
 
         args, start, written = self.args, time.monotonic(), []
         try:
@@ -122,6 +127,7 @@ class Job:
                 self.venv,
                 args.n_episodes,
                 only_successful=args.only_successful,
+                noise=args.noise,
                 seed=args.seed,
                 metadata=self.metadata,
             )

@@ -114,6 +114,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (command(Path("x.npz"), "-n", "0"), "--n-episodes 0 must be at least 1"),
         (command(Path("x.npz"), "--n-envs", "0"), "--n-envs 0 must be at least 1"),
         (command(Path("x.npz"), "--fps", "0"), "--fps 0 must be at least 1"),
+        (command(Path("x.npz"), "--noise", "-1"), "--noise -1.0 must be a std, at least 0"),
         (command(Path("x.npz"), "--only-succesful"), "unknown argument '--only-succesful'; did you mean"),
         (command(Path("x.npz"), "--lerobot", "new"), "LeRobot datasets need the package lerobot"),
         (command(Path("x.npz"), "--env", "Tini-v0"), "env 'Tini-v0' is unknown"),
@@ -158,7 +159,7 @@ def test_failure_leaves_no_file(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr("rpd_sb3.demonstrations.MAX_TRIES", 1)
+    monkeypatch.setattr("rpd_sb3.recording.MAX_TRIES", 1)
     assert collect.main(command(tmp_path / "demos.npz", *more)) == code
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

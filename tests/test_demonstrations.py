@@ -15,8 +15,9 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rpd_sb3.bins import to_actions, to_tokens
-from rpd_sb3.demonstrations import Demonstrations, load, record, save
+from rpd_sb3.demonstrations import Demonstrations, load, save
 from rpd_sb3.envs import ActionTokens, VecTeacher
+from rpd_sb3.recording import record
 from rpd_sb3.teachers import Query, TeacherError
 from tests.helpers import CountingEnv, EchoTeacher
 
@@ -278,3 +279,19 @@ def test_names_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="need h5py, which is not installed: pip install h5py, or use .npz"):
         save(tmp_path / "demos.h5", record(venv_of(1), 1))
+
+
+def test_noise_is_executed_and_not_recorded() -> None:
+    clean, noisy, again = (record(venv_of(2), 8, seed=0, noise=noise) for noise in (0.0, 0.5, 0.5))
+    assert np.array_equal(noisy.actions, clean.actions)
+    assert np.array_equal(clean.rewards, clean.actions[:, 1])  # the reward is the second dimension of what was executed
+    assert 0.02 < np.abs(noisy.rewards - noisy.actions[:, 1]).mean() < 0.6
+    assert np.abs(noisy.rewards).max() <= 1.0
+    assert_same(noisy, again)
+
+
+def test_noise_needs_continuous_actions() -> None:
+    teacher = EchoTeacher(lambda query: np.zeros((len(query.env_ids), 2), int), spaces.MultiDiscrete([256, 256]))
+    venv = VecTeacher(DummyVecEnv([lambda: ActionTokens(SeededEnv())]), teacher)
+    with pytest.raises(ValueError, match="noise=0.1 is for continuous actions, but the teacher gives MultiDiscrete"):
+        record(venv, 1, noise=0.1)

@@ -36,6 +36,7 @@ ALLOWED = {
         "losses",
         "buffers",
         "demonstrations",
+        "recording",
         "envs.groups",
         "envs.action_tokens",
         "students.tokens",

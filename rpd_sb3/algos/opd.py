@@ -17,7 +17,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from rpd_sb3.algos.grpo import GRPO
 from rpd_sb3.algos.sft import clone
 from rpd_sb3.buffers import LabelledSamples
-from rpd_sb3.demonstrations import record
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.losses import (
     DIVERGENCES,
@@ -31,6 +30,7 @@ from rpd_sb3.losses import (
     top1_agreement,
 )
 from rpd_sb3.on_policy import Student
+from rpd_sb3.recording import record
 from rpd_sb3.students.tokens import token_logits
 
 ESTIMATORS = ("full", "sampled")

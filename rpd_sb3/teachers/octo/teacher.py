@@ -35,8 +35,8 @@ class OctoTeacher(LocalTeacher):
     is their mean and there is ``std`` (N, A), their standard deviation (ddof 0).
 
     Octo lives in an environment of its own, see ``requirements/octo.txt`` and ``docs/octo.md``. The noise of an answer
-    follows from the seed, the environment's id and how many answers that environment had drawn before; it does not
-    depend on the batch that the question came in, nor on who else asks.
+    follows from the seed, the environment's id and how many answers were drawn for that id before; it does not
+    depend on the batch that the question came in.
 
     :param path: folder of a checkpoint, or ``hf://org/name``
     :param step: which step of a folder; None: the latest
