@@ -42,6 +42,7 @@ TEXT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "initializer_range": 0.1,  # Llama's 0.02 is for thousands of dimensions
 }
 N_BINS = 256
 LAST_ID = 31999
