@@ -164,7 +164,7 @@ def _decider(teacher: VecTeacher, space: spaces.Space, bounds: Bounds | None) ->
     def decide() -> tuple[np.ndarray, np.ndarray]:
         action = teacher.label()["action"]
         if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
-            return to_actions(action, n_bins, bounds), action
+            return to_actions(action, n_bins, bounds).clip(-1.0, 1.0), action  # as ActionTokens acts
         continuous = teacher.adapter.clip(np.asarray(action, np.float32))
         return continuous, continuous if n_bins is None else to_tokens(continuous, n_bins, bounds)
 
