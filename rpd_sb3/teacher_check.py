@@ -67,10 +67,12 @@ def _check_openvla(name: str, path: str) -> Finding:
     fix = "--teacher openvla:PATH, a checkpoint folder or the hub id of a model"
     if missing := [package for package in ("transformers", "tokenizers", "safetensors", "PIL") if _lacks(package)]:
         return Finding(name, FAIL, f"{', '.join(missing)} not installed", "pip install 'rpd_sb3[openvla]'")
-    if Path(path).is_dir():
-        complete = (Path(path) / "config.json").is_file()
-        return Finding(name, OK if complete else FAIL, "the folder exists" if complete else "no config.json in it", fix)
-    if path.count("/") == 1 and not path.startswith((".", "~")):
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return Finding(name, OK, "the folder exists")
+        return Finding(name, FAIL, "no config.json in it", fix)
+    if path.count("/") == 1 and all(path.split("/")) and not path.startswith((".", "~")):
         return Finding(name, OK, "no such folder; taken for a hub id")
     return Finding(name, FAIL, "no such folder", fix)
 
