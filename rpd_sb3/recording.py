@@ -107,7 +107,7 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
     def decide() -> tuple[np.ndarray, np.ndarray]:
         action = teacher.label()["action"]
         if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
-            return to_actions(action, n_bins, bounds), action
+            return to_actions(action, n_bins, bounds).clip(-1.0, 1.0), action  # as ActionTokens acts
         continuous = teacher.adapter.clip(np.asarray(action, np.float32))
         executed = continuous
         if noise:

@@ -28,6 +28,7 @@ from rpd_sb3 import runs
 from rpd_sb3.algos import ALGOS
 from rpd_sb3.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
+from rpd_sb3.envs.factory import with_token_bounds
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import check_spec, student_space
 from rpd_sb3.evaluation import Evaluator
@@ -123,6 +124,7 @@ def build(args: dict[str, Any], config: RunConfig, resume: runs.SavedRun | None,
         if config.teacher:
             teachers = [open_teacher(config.teacher, args["env"], config.teacher_kwargs, closing) for _ in range(2)]
         space = probe(args["env"], config.env_kwargs, teachers[0])
+        config.env_kwargs = with_token_bounds(config.env_kwargs, None if teachers[0] is None else teachers[0].spec)
         config.policy = config.policy or default_policy(algo, space)
         set_threads(args["num_threads"], device, space)
         checkpoint = runs.latest_checkpoint(resume.folder) if resume else None

@@ -77,13 +77,18 @@ def check_teacher(teacher: str) -> list[Finding]:
     return [Finding(name, FAIL, "unknown kind of teacher", f"--teacher {' or '.join(closest or TEACHERS)}")]
 
 
+def _lacks(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
 def _check_checkpoint(name: str, kind: str, path: str) -> Finding:
     packages, install = CHECKPOINTS[kind]
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in packages if _lacks(package)]:
         return Finding(name, FAIL, f"not installed here: {', '.join(missing)}", f"{install}, or use a service's URL")
-    if (Path(path) / "config.json").is_file():
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
         return Finding(name, OK, "the checkpoint exists")
-    if not Path(path).is_dir() and (path.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", path)):
+    if not folder.is_dir() and (path.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", path)):
         return Finding(name, OK, "on the hub, not looked at")
     return Finding(name, FAIL, "no config.json there", f"--teacher {kind}:PATH, a checkpoint's folder or its hub id")
 

@@ -249,6 +249,41 @@ def test_model_file_must_exist(tmp_path: Path) -> None:
     assert one(f"sb3:{tmp_path}/last_model").status == FAIL
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder that passes for a checkpoint of OpenVLA."""
+    (tmp_path / "openvla").mkdir()
+    (tmp_path / "openvla" / "config.json").touch()
+    return tmp_path / "openvla"
+
+
+def test_a_folder_of_openvla_must_hold_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    fix = "--teacher openvla:PATH, a checkpoint's folder or its hub id"
+    assert one(f"openvla:{checkpoint}")[1:] == (OK, "the checkpoint exists", "")
+    assert one(f"openvla:{tmp_path}")[1:] == (FAIL, "no config.json there", fix)
+    assert one(f"openvla:{tmp_path}/none")[1:] == (FAIL, "no config.json there", fix)
+
+
+def test_a_home_folder_of_openvla_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert one("openvla:~/openvla")[1:] == (OK, "the checkpoint exists", "")
+
+
+def test_a_hub_id_of_openvla_is_taken_for_one() -> None:
+    assert one("openvla:no-such-org/no-such-name")[1:] == (OK, "on the hub, not looked at", "")
+
+
+@pytest.mark.parametrize("path", ["./org/name", "~/none", "org/", "/name", "name", "a/b/c"])
+def test_what_is_no_hub_id_of_openvla_fails(path: str) -> None:
+    assert one(f"openvla:{path}")[1:3] == (FAIL, "no config.json there")
+
+
+def test_what_openvla_lacks_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_check, "_lacks", lambda package: package in ("tokenizers", "PIL"))
+    wanted = (FAIL, "not installed here: tokenizers, PIL", "pip install 'rpd_sb3[openvla]', or use a service's URL")
+    assert one(f"openvla:{checkpoint}")[1:] == wanted
+
+
 def test_unknown_teacher_names_the_closest() -> None:
     assert one("scriptd").fix == "--teacher scripted"
 

@@ -1,7 +1,9 @@
-"""Teachers by name: classes of the user's. The other kinds are tested where they live."""
+"""Teachers by name: classes of the user's, and OpenVLA. The other kinds are tested where they live."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 import requests
 
+from rpd_sb3 import serve
 from rpd_sb3.teachers import make_teacher
+from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
+from tests.openvla_helpers import make_checkpoint
 from tests.serving_helpers import free_port, serving_process
 
 MODULE = """
@@ -81,6 +86,47 @@ def test_a_class_may_take_any_argument(own: Path) -> None:
 def test_what_is_no_teacher_is_refused(own: Path, name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_teacher(name, "Any-v0", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("openvla"))
+
+
+def test_openvla_is_made_from_its_folder_with_its_arguments(checkpoint: Path) -> None:
+    with closing(make_teacher(f"openvla:{checkpoint}", "Any-v0", device="cpu", camera="base", n_samples=2)) as teacher:
+        assert isinstance(teacher, OpenVLATeacher)
+        assert teacher.spec.inputs == ("images.base", "instruction")
+        assert "std" in teacher.spec.labels
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("openvla:", {}, "teacher 'openvla:' is unknown; choose one of scripted, .*openvla:PATH"),
+        ("openvla", {}, "teacher 'openvla' is unknown"),
+        ("openvla:/no/such/folder", {}, "there is no folder '/no/such/folder'; give an OpenVLA checkpoint's folder"),
+        ("openvla:x", {"n_sample": 2}, r"teacher 'openvla:x' has no argument 'n_sample' .*did you mean 'n_samples'"),
+        ("openvla:x", {"path": "y"}, r"teacher 'openvla:x' has no argument 'path' \(it has unnorm_key, camera, "),
+    ],
+)
+def test_what_is_no_openvla_is_refused(name: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_teacher(name, "Any-v0", **kwargs)
+
+
+def test_openvlas_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rpd_sb3.teachers.openvla.teacher", None)
+    with pytest.raises(ValueError, match=r"^teacher 'openvla:org/name': .*; pip install 'rpd_sb3\[openvla\]'$"):
+        make_teacher("openvla:org/name", "Any-v0")
+
+
+def test_openvla_is_loaded_by_the_service_as_the_command_line_says(checkpoint: Path) -> None:
+    words = ["--teacher", f"openvla:{checkpoint}", "--teacher-kwargs", "device:cpu", "rotation_sign:-1", "dtype:bf16"]
+    args = serve.make_parser().parse_args(words)
+    serve.check(args)
+    with closing(serve.teacher_loader(args)()) as teacher:
+        assert (teacher.spec.name, teacher.spec.rotation_sign) == ("openvla", -1)
 
 
 def test_a_class_is_served_from_the_command_line(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,16 @@ Shape letters: N queries, A action dimensions (the last one is the gripper; 3 to
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.bins import Bounds
-from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.views import token_bins
 from rpd_sb3.teachers.base import GRIPPERS, Labels, TeacherSpec
+
+UNIT = Bounds(np.array(-1.0), np.array(1.0))
 
 
 class ActionAdapter:
@@ -35,9 +37,10 @@ class ActionAdapter:
         if spec.rotation_sign not in (-1, 1):
             raise ValueError(f"teacher {spec.name!r} has rotation_sign={spec.rotation_sign}; choose 1 or -1")
         taught = spec.action_space
-        n = taught.shape[0] if isinstance(taught, spaces.Box) and len(taught.shape) == 1 else 0
-        if spec.rotation_sign == -1 and n < 6:
+        size = taught.shape[0] if taught.shape and len(taught.shape) == 1 else 0
+        if spec.rotation_sign == -1 and size < 6:
             raise ValueError(f"teacher {spec.name!r} has rotation_sign=-1, but its actions {taught} turn no hand")
+        n = size if isinstance(taught, spaces.Box) else 0  # a teacher's tokens stay
         unit = spaces.Box(-1.0, 1.0, (n,), np.float32)  # what tokens stand for
         self._box = None if not n else space if isinstance(space, spaces.Box) else unit
         self._factor, self._offset = np.ones(n), np.zeros(n)
@@ -78,27 +81,35 @@ def token_bounds(spec: TeacherSpec) -> Bounds | None:
     """What the ends of the teacher's bins stand for in the conventions of an environment with actions in [-1, 1].
 
     :return: None: -1 and 1, or the teacher has no tokens
+    :raises ValueError: if the teacher's bounds do not fit its actions
     """
     same = spec.gripper in (None, "-1..1") and spec.rotation_sign == 1
     if spec.n_bins is None or (spec.token_bounds is None and same):
         return None
-    adapter = ActionAdapter(spec, spaces.Box(-1.0, 1.0, spec.action_space.shape, np.float32))
-    ends = spec.token_bounds or (
-        np.full(spec.action_space.shape or (), -1.0),
-        np.full(spec.action_space.shape or (), 1.0),
-    )
-    return Bounds(*(adapter.convert(np.asarray(end, np.float64)) for end in ends))
+    shape = spec.action_space.shape or ()
+    unit = spaces.Box(-1.0, 1.0, shape, np.float32)
+    ends = [np.asarray(end, np.float64) for end in spec.token_bounds or (unit.low, unit.high)]
+    if len(shape) != 1 or any(end.shape != shape or not np.isfinite(end).all() for end in ends):
+        raise ValueError(
+            f"teacher {spec.name!r} has token_bounds={spec.token_bounds}: expected two rows of finite numbers, one for "
+            f"each dimension of its actions {spec.action_space}"
+        )
+    adapter = ActionAdapter(replace(spec, action_space=unit), unit)  # also of a teacher whose actions are tokens
+    return Bounds(*map(adapter.convert, ends))
 
 
-def check_tokens(spec: TeacherSpec, venv: VecEnv) -> None:
-    """Make sure that the environments' tokens are the teacher's.
+def check_tokens(spec: TeacherSpec, space: spaces.Space, bounds: Bounds | None) -> None:
+    """Make sure that the environment's tokens are the teacher's.
 
+    :param spec: the teacher's
+    :param space: the environment's actions
+    :param bounds: what the ends of the environment's bins stand for; None: -1 and 1
     :raises ValueError: if they stand for other actions
     """
-    if spec.n_bins is None or token_bins(venv.action_space) is None:
+    if spec.n_bins is None or token_bins(space) is None:
         return
-    theirs, ours = token_bounds(spec), find_token_bounds(venv)
-    if (theirs is None) != (ours is None) or not np.allclose(theirs or 0.0, ours or 0.0):
+    theirs, ours = token_bounds(spec) or UNIT, bounds or UNIT
+    if not all(np.allclose(a, b) for a, b in zip(theirs, ours)):
         raise ValueError(
             f"a token of teacher {spec.name!r} stands for another action than one of the environment: make the "
             "environment with make_env(..., tokens=True, teacher=teacher.spec), or ActionTokens(env, bounds=token_bounds(spec))"

@@ -32,12 +32,10 @@ class ActionTokens(gym.ActionWrapper):
                 f"ActionTokens bins actions of Box(-1, 1, (A,)), but the environment takes {space}; if only the bounds "
                 "differ, wrap it in gymnasium.wrappers.RescaleAction(env, -1.0, 1.0) first"
             )
-        if n_bins < 2:
-            raise ValueError(f"ActionTokens: n_bins={n_bins} must be at least 2")
+        if not isinstance(n_bins, int) or n_bins < 2:
+            raise ValueError(f"ActionTokens: n_bins={n_bins!r} must be at least 2")
         if bounds is not None:
-            bounds = Bounds(*(np.asarray(ends, np.float64) for ends in bounds))
-            if any(ends.shape != space.shape or not np.isfinite(ends).all() for ends in bounds):
-                raise ValueError(f"ActionTokens: bounds={bounds} must be two finite arrays of shape {space.shape}")
+            bounds = _arrays(bounds, space.shape)
         super().__init__(env)
         self.n_bins = n_bins
         self.token_bounds = bounds
@@ -75,6 +73,16 @@ def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = No
 def find_token_bounds(venv: VecEnv) -> Bounds | None:
     """The bounds of the environments' :class:`ActionTokens`; None: -1 and 1, or no tokens."""
     return venv.get_attr("token_bounds")[0] if venv.has_attr("token_bounds") else None
+
+
+def _arrays(bounds: Bounds, shape: tuple[int, ...]) -> Bounds:
+    try:
+        arrays = Bounds(*(np.asarray(ends, np.float64) for ends in bounds))
+    except (TypeError, ValueError):
+        arrays = Bounds(np.zeros(0), np.zeros(0))
+    if any(ends.shape != shape or not np.isfinite(ends).all() for ends in arrays):
+        raise ValueError(f"ActionTokens: bounds={bounds} must be two finite arrays of shape {shape}")
+    return arrays
 
 
 def _is_unit(low: np.ndarray, high: np.ndarray) -> bool:

@@ -111,6 +111,19 @@ def _acting_with(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> g
     return ActionTokens(env, N_BINS if tokens is True else tokens, bounds)
 
 
+def with_token_bounds(options: Mapping[str, Any], teacher: TeacherSpec | None) -> dict[str, Any]:
+    """The options with the bounds of the teacher's tokens written out: a student acts the same where its teacher is not.
+
+    :param options: of :func:`make_env`
+    :param teacher: spec of the teacher that the student learns from
+    """
+    tokens = options.get("tokens", False)
+    if teacher is None or tokens is False or isinstance(tokens, Mapping) or (bounds := token_bounds(teacher)) is None:
+        return dict(options)
+    n_bins = N_BINS if tokens is True else tokens
+    return dict(options) | {"tokens": {"n_bins": n_bins, "low": bounds.low.tolist(), "high": bounds.high.tolist()}}
+
+
 def maniskill_ids() -> list[str]:
     """The environments that ManiSkill registers; none if it is not installed."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rpd_sb3.envs.action_adapter import ActionAdapter
+from rpd_sb3.envs.action_adapter import ActionAdapter, check_tokens
 from rpd_sb3.envs.labels import Failure, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_instructions, check_spec, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
@@ -41,6 +41,8 @@ class TeacherWrapper(gym.Wrapper):
         if on_failure not in ("raise", "wait"):
             raise ValueError(f"TeacherWrapper: on_failure={on_failure!r} is unknown; choose raise or wait")
         check_spec(teacher.spec, env.observation_space, env.action_space)
+        bounds = env.get_wrapper_attr("token_bounds") if env.has_wrapper_attr("token_bounds") else None
+        check_tokens(teacher.spec, env.action_space, bounds)
         self.adapter = ActionAdapter(teacher.spec, env.action_space)
         super().__init__(env)
         if instruction is None and env.has_wrapper_attr("instruction"):

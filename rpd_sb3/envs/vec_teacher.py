@@ -9,6 +9,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from rpd_sb3.envs.action_adapter import ActionAdapter, check_tokens
+from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.labels import ON_FAILURE, Failure, LazyLabel, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_spec, find_instructions, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
@@ -50,7 +51,7 @@ class VecTeacher(VecEnvWrapper):
         seed: int = 0,
     ) -> None:
         check_spec(teacher.spec, venv.observation_space, venv.action_space)
-        check_tokens(teacher.spec, venv)
+        check_tokens(teacher.spec, venv.action_space, find_token_bounds(venv))
         self.adapter = ActionAdapter(teacher.spec, venv.action_space)
         super().__init__(venv, observation_space=student_space(venv.observation_space))
         if on_failure not in ON_FAILURE:

@@ -162,8 +162,8 @@ def _find_tensors(folder: Path) -> dict[str, Entry]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not {str}.issuperset(map(type, weight_map.values())):
+            raise ValueError(f"{index} has no weight_map from tensors to files")
         names = sorted(set(weight_map.values()))
     else:
         weight_map, names = None, ["model.safetensors"]

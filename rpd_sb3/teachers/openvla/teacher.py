@@ -80,6 +80,10 @@ class OpenVLATeacher(LocalTeacher):
             raise ValueError(f"temperature={temperature} and std_floor={std_floor} must be positive")
         if gripper not in GRIPPERS:
             raise ValueError(f"gripper={gripper!r} is unknown; choose one of {', '.join(GRIPPERS)}")
+        if rotation_sign not in (-1, 1):
+            raise ValueError(f"rotation_sign={rotation_sign} must be 1 or -1")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size={image_size} must be at least 1 pixel")
         self._device = find_device(device)
         number = find_dtype(dtype, self._device)
         checkpoint = open_checkpoint(path)
@@ -143,7 +147,8 @@ class OpenVLATeacher(LocalTeacher):
         """Give the memory back."""
         super().close()
         self._pixels.close()
-        del self._run, self._model
+        for name in ("_run", "_model"):
+            self.__dict__.pop(name, None)
 
     def _answer(
         self, pixels: th.Tensor, bos: th.Tensor, text: th.Tensor, real: th.Tensor | None, prefix: th.Tensor | None
