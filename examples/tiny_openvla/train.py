@@ -1,8 +1,8 @@
-"""Train a small model of OpenVLA's architecture on demonstrations, and save it as an OpenVLA checkpoint.
+r"""Train a small model of OpenVLA's architecture on demonstrations, and save it as an OpenVLA checkpoint.
 
     for env in PushCube PullCube; do
-        python -m rpd_sb3.collect --env $env-v1 --teacher scripted --teacher-kwargs noise:0.15 \
-            --env-kwargs obs:rgb image_size:224 -n 120 --out $env.npz
+        python -m rpd_sb3.collect --env $env-v1 --teacher scripted --noise 0.4 --env-kwargs obs:rgb image_size:224 \
+            -n 250 --n-envs 2 --vec-env dummy --out $env.npz
     done
     python examples/tiny_openvla/train.py PushCube.npz PullCube.npz --out my_tiny_openvla
 
@@ -325,8 +325,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demonstrations", nargs="+", help="files of rpd_sb3.collect, with images of 224 x 224 pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--vision-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--vision-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if th.cuda.is_available() else "cpu")
