@@ -224,7 +224,10 @@ def test_another_server_of_the_protocol_fails(server: str, metadata: Any) -> Non
 def test_a_model_of_another_name_is_found(server: str) -> None:
     Pages.pages["/v2/health/ready"] = (200, {"name": "octo"})
     spec = {"name": "octo-small", "env_id": "PickCube-v1", "labels": ["action", "std"]}
-    Pages.pages["/v2/models/octo"] = (200, {"parameters": {"protocol_version": 1, "spec": spec}})
+    Pages.pages["/v2/models/octo"] = (
+        200,
+        {"parameters": {"protocol_version": teacher_check.PROTOCOL_VERSION, "spec": spec}},
+    )
     value = "octo-small for PickCube-v1 gives action, std; latency unknown"
     assert one(server)[1:] == (OK, value, "train with --teacher-kwargs name:octo")
 
