@@ -83,7 +83,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("openvla:/x", {}, "teacher 'openvla:/x' is unknown; choose one of scripted, sb3:FILE"),
+        ("gato:/x", {}, "teacher 'gato:/x' is unknown; choose one of scripted, sb3:FILE"),
         ("scripted", {"nose": 0.3}, "has no argument 'nose'.*did you mean 'noise'"),
         ("sb3:", {}, "teacher 'sb3:' is unknown"),
     ],
