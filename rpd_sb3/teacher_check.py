@@ -123,8 +123,7 @@ def _check_openpi(name: str, address: str) -> Finding:
     if first != BINARY_FRAME:
         reason = "it does not begin with metadata" if first else f"HTTP {response.status} instead of a WebSocket"
         return Finding(name, FAIL, f"no openpi server: {reason}", "start openpi's scripts/serve_policy.py there")
-    missing = [module for module in ("msgpack", "PIL", "websockets") if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing := [module for module in ("msgpack", "PIL", "websockets") if _lacks(module)]:
         return Finding(name, FAIL, f"answers, but here is no {', '.join(missing)}", "pip install 'rpd_sb3[openpi]'")
     return Finding(name, OK, "an openpi server answers; what it wants to see is known when it is asked")
 

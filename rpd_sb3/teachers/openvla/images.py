@@ -41,7 +41,7 @@ class Preprocessor:
     ) -> None:
         if resize not in RESIZES:
             raise ValueError(f"resize={resize!r} is unknown; choose one of {', '.join(RESIZES)}")
-        self.device, self.dtype, self.resize, self.center_crop = device, dtype, resize, center_crop
+        self.device, self.dtype, self.center_crop = device, dtype, center_crop
         towers = [th.tensor(values, device=device).view(2, 1, 3, 1, 1) for values in normalization]
         self._means, self._stds = [tower[0] for tower in towers], [tower[1] for tower in towers]
         self._pool = ThreadPoolExecutor(thread_name_prefix="resize") if resize == "pil" else None

@@ -103,7 +103,6 @@ class OpenVLAModel(nn.Module):
         super().__init__()
         options = text_config | {"tie_word_embeddings": False, "attn_implementation": "sdpa"}
         self.llama_config = LlamaConfig(**options)
-        self.n_patches = dino.n_patches
         self.vision_backbone = VisionBackbone(dino, siglip)
         self.projector = Projector(dino.width + siglip.width, self.llama_config.hidden_size)
         self.language_model = LlamaForCausalLM(self.llama_config)
