@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,21 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_section(path: Path, env_id: str, *, reward: str | None = None, section: str | None = None) -> dict[str, Any]:
-    """The section for an environment: ``section`` if it is named, else the first of ``<env_id>-<reward>``, ``<env_id>``, ``default``.
+def load_section(path: Path, env_id: str, *, asked: Sequence[str] = (), section: str | None = None) -> dict[str, Any]:
+    """The section for an environment: ``section`` if it is named, else the first there is for what is asked.
+
+    With a view and a reward on the command line these are ``<env_id>-<obs>-<reward>``, ``<env_id>-<obs>``,
+    ``<env_id>-<reward>``, ``<env_id>`` and ``default``.
 
     :param path: file whose keys are section names
     :param env_id: environment
-    :param reward: asked for on the command line
+    :param asked: view and reward, as far as they were given on the command line
     :param section: name of the section, whatever the environment
     :raises ValueError: naming the sections of the file, if none fits
     """
     sections = load_yaml(path)
-    names = [section] if section else [f"{env_id}-{reward}"] * bool(reward) + [env_id, "default"]
+    words = ["-".join(asked), *asked] if len(asked) > 1 else asked
+    names = [section] if section else [*(f"{env_id}-{word}" for word in words), env_id, "default"]
     for name in names:
         if name in sections:
             content = sections[name]

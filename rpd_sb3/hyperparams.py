@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import LinearSchedule
 
 from rpd_sb3.names import closest
-from rpd_sb3.students import AutoregressivePolicy, TokenPolicy
+from rpd_sb3.students import AutoregressivePolicy, PaperCnnPolicy, TokenPolicy
 
 CLASS_KEYS = ("activation_fn", "features_extractor_class", "optimizer_class")
 """Keys of ``policy_kwargs`` whose value is the dotted name of a class."""
@@ -34,8 +34,12 @@ NOT_IN_CONFIG = frozenset(
     }
 )
 """Constructor arguments that are given on the command line, by the library, or as the run key of that name."""
-TOKEN_POLICIES: dict[str, type[BasePolicy]] = {"AutoregressivePolicy": AutoregressivePolicy, "TokenPolicy": TokenPolicy}
-"""Policies for action tokens, of PPO and what is built on it."""
+POLICIES: dict[str, type[BasePolicy]] = {
+    "AutoregressivePolicy": AutoregressivePolicy,
+    "PaperCnnPolicy": PaperCnnPolicy,
+    "TokenPolicy": TokenPolicy,
+}
+"""Our policies, for PPO and what is built on it."""
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _SCHEDULE = re.compile(r"(lin|cos)_(.+)")
 _WANTED = {
@@ -72,7 +76,7 @@ class RunConfig:
     """Environment steps to train for."""
     n_envs: int = 1
     policy: str | None = None
-    """SB3's name of the policy, or one of :data:`TOKEN_POLICIES`; None: SB3's that fits the observations."""
+    """SB3's name of the policy, or one of :data:`POLICIES`; None: SB3's that fits the observations."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """Options of :func:`rpd_sb3.envs.make_env`."""
     teacher: str | None = None
@@ -137,7 +141,7 @@ def policy_class(name: str, algo: type[BaseAlgorithm]) -> type[BasePolicy]:
 
     :raises ValueError: if the algorithm has none
     """
-    known = dict(algo.policy_aliases) | (TOKEN_POLICIES if issubclass(algo, PPO) else {})
+    known = dict(algo.policy_aliases) | (POLICIES if issubclass(algo, PPO) else {})
     if name not in known:
         raise ValueError(
             f"policy {name!r} is unknown; {algo.__name__} has {', '.join(known)}{closest(name, list(known))}"

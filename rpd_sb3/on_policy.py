@@ -14,15 +14,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import (
-    FloatSchedule,
-    obs_as_tensor,
-    safe_mean,
-    update_learning_rate,
-)
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
+from rpd_sb3.augmentation import shifted_images
 from rpd_sb3.buffers import (
     Imitation,
     LabelledDictRolloutBuffer,
@@ -65,6 +61,7 @@ class OnPolicyDistillation(PPO):
     :param label_fraction: share of transitions to label
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
+    :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.augmentation`)
     :param ppo_coef: weight of the surrogate
     :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
     :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
@@ -86,6 +83,7 @@ class OnPolicyDistillation(PPO):
         reward_learning_rate: float | None = None,
         label_fraction: float = 1.0,
         label_replay: int = 0,
+        image_shift: int = 0,
         ppo_coef: float = 1.0,
         clip_range_high: float | None = None,
         advantage_std_floor: float = 0.0,
@@ -98,6 +96,7 @@ class OnPolicyDistillation(PPO):
             f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
             f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
             f"label_replay={label_replay} must not be negative": label_replay >= 0,
+            f"image_shift={image_shift} must not be negative": image_shift >= 0,
             f"ppo_coef={ppo_coef} must not be negative": ppo_coef >= 0,
             f"clip_range_high={clip_range_high} must be positive": (clip_range_high or 1) > 0,
             f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
@@ -111,6 +110,7 @@ class OnPolicyDistillation(PPO):
         self.reward_learning_rate = reward_learning_rate
         self.label_fraction = label_fraction
         self.label_replay = label_replay
+        self.image_shift = image_shift
         self.ppo_coef = ppo_coef
         self.clip_range_high = clip_range_high
         self.advantage_std_floor = advantage_std_floor
@@ -154,14 +154,19 @@ class OnPolicyDistillation(PPO):
 
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
         """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
-        if self.label_replay_buffer is None or self.label_replay_buffer.size == 0:
+        replays = self.label_replay_buffer is not None and self.label_replay_buffer.size > 0
+        if not replays and self.image_shift == 0:
             return Imitation(student.distribution, batch.labels, batch.labelled)
-        observations, labels = self.label_replay_buffer.sample(len(batch.labelled))
-        targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
-        obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
+        obs, actions, targets, labelled = batch.observations, batch.actions, batch.labels, batch.labelled
+        if replays:
+            observations, labels = self.label_replay_buffer.sample(len(labelled))  # type: ignore[union-attr]
+            targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
+            obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
+            labelled = th.ones_like(labelled)
+        obs = shifted_images(obs, self.observation_space, self.image_shift)
         tokens = hasattr(self.policy, "distribution_on")  # each depends on those before it
-        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator]
-        return Imitation(distribution, targets, th.ones_like(batch.labelled))
+        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator,arg-type]
+        return Imitation(distribution, targets, labelled)
 
     def _check_teacher(self) -> None:
         if self.needs and self.env is not None:
@@ -173,9 +178,8 @@ class OnPolicyDistillation(PPO):
         :raises ValueError: if the environment has no teacher that gives the labels
         """
         self._check_teacher()
-        if len(args) < 4:
-            kwargs.setdefault("tb_log_name", type(self).__name__)
-        return super().learn(*args, **kwargs)
+        named = {} if len(args) >= 4 else {"tb_log_name": type(self).__name__}
+        return super().learn(*args, **(named | kwargs))
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3 import runs
 from rpd_sb3.algos import ALGOS
+from rpd_sb3.augmentation import has_images
 from rpd_sb3.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
 from rpd_sb3.envs.factory import with_token_bounds
@@ -82,8 +83,11 @@ def resolve_config(args: dict[str, Any]) -> RunConfig:
     """
     algo = find_algo(args["algo"])
     env_kwargs = parse_pairs(args["env_kwargs"], "--env-kwargs")
+    if args["obs"] is not None:
+        env_kwargs["obs"] = args["obs"]
     path = Path(args["conf_file"]) if args["conf_file"] else find_config(args["algo"])
-    section = load_section(path, args["env"], reward=env_kwargs.get("reward"), section=args["section"])
+    asked = [str(env_kwargs[key]) for key in ("obs", "reward") if env_kwargs.get(key) not in (None, "state")]
+    section = load_section(path, args["env"], asked=asked, section=args["section"])
     config = merge(section, parse_pairs(args["params"], "-params"))
     config = merge(config, {"env_kwargs": env_kwargs} if env_kwargs else {})
     if args["teacher"] and args["teacher"] != config.get("teacher"):
@@ -197,8 +201,7 @@ def default_policy(algo: type[BaseAlgorithm], space: spaces.Space) -> str:
 
 def set_threads(n: int | None, device: str, space: spaces.Space) -> None:
     """One thread for a small network on the CPU: more only contend (2.8 times slower on two cores)."""
-    has_images = any(is_image_space(s) for s in (space.values() if isinstance(space, spaces.Dict) else [space]))
-    if n is None and device == "cpu" and not has_images:
+    if n is None and device == "cpu" and not has_images(space):
         n = 1
     if n is not None:
         th.set_num_threads(n)

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "n_timesteps": None,
     "params": [],
+    "obs": None,
     "env_kwargs": [],
     "conf_file": None,
     "section": None,
@@ -68,6 +69,7 @@ def make_parser() -> Parser:
         metavar="K:V",
         help="change the config, e.g. gamma:0.8 policy_kwargs.log_std_init:-1",
     )
+    add("--obs", help="state, rgb or rgb+state: short for --env-kwargs obs:... [that of the config]")
     add("--env-kwargs", nargs="+", metavar="K:V", help="options of the environment, e.g. reward:dense obs:rgb")
     add("-conf", "--conf-file", metavar="FILE", help="config [zoo_configs/<algo>.yml]")
     add("--section", help="section of the config [<env>-<reward>, <env> or default]")

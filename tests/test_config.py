@@ -126,29 +126,37 @@ def test_arguments_of_all_classes_that_pass_kwargs_on_are_known() -> None:
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-SECTIONS = "default: {gamma: 0.1}\nA-v0: {gamma: 0.2}\nA-v0-dense: {gamma: 0.3}\npaper: {gamma: 0.4}\n"
+SECTIONS = (
+    "default: {gamma: 0.1}\nA-v0: {gamma: 0.2}\nA-v0-dense: {gamma: 0.3}\npaper: {gamma: 0.4}\nA-v0-rgb: {gamma: 0.5}\n"
+    "C-v0: {gamma: 0.6}\nC-v0-rgb: {gamma: 0.7}\nC-v0-rgb-dense: {gamma: 0.8}\n"
+)
 
 
 @pytest.mark.parametrize(
-    ("env_id", "reward", "section", "gamma"),
+    ("env_id", "asked", "section", "gamma"),
     [
-        ("A-v0", None, None, 0.2),
-        ("A-v0", "dense", None, 0.3),
-        ("A-v0", "sparse", None, 0.2),
-        ("B-v0", "dense", None, 0.1),
-        ("A-v0", "dense", "paper", 0.4),
-        ("B-v0", None, "A-v0-dense", 0.3),
+        ("A-v0", [], None, 0.2),
+        ("A-v0", ["dense"], None, 0.3),
+        ("A-v0", ["sparse"], None, 0.2),
+        ("B-v0", ["dense"], None, 0.1),
+        ("A-v0", ["dense"], "paper", 0.4),
+        ("B-v0", [], "A-v0-dense", 0.3),
+        ("A-v0", ["rgb"], None, 0.5),
+        ("A-v0", ["rgb", "dense"], None, 0.5),
+        ("A-v0", ["rgb+state"], None, 0.2),
+        ("C-v0", ["rgb", "dense"], None, 0.8),
+        ("C-v0", ["rgb", "sparse"], None, 0.7),
     ],
 )
-def test_section_lookup(tmp_path: Path, env_id: str, reward: str | None, section: str | None, gamma: float) -> None:
+def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: str | None, gamma: float) -> None:
     path = write(tmp_path, SECTIONS)
-    assert load_section(path, env_id, reward=reward, section=section) == {"gamma": gamma}
+    assert load_section(path, env_id, asked=asked, section=section) == {"gamma": gamma}
 
 
 @pytest.mark.parametrize(
     ("text", "section", "message"),
     [
-        (SECTIONS, "papr", "has no section 'papr', only default, A-v0, A-v0-dense, paper; did you mean 'paper'"),
+        (SECTIONS, "papr", "has no section 'papr', only default, A-v0, .*; did you mean 'paper'"),
         ("A-v0: {}", None, "has no section 'B-v0' or 'default', only A-v0"),
         ("B-v0: 3", None, "section 'B-v0': expected a mapping, got 3"),
         ("- 1\n", None, "expected a mapping at the top, got list"),

@@ -19,6 +19,7 @@ MAX_LINES = 300
 ALLOWED = {
     "losses": set(),
     "buffers": set(),
+    "augmentation": set(),
     "config": set(),
     "names": set(),
     "bins": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     "envs": {"teachers.base", "teachers.privileged"},
     "warm_start": set(),
     "training_log": set(),
-    "on_policy": {"losses", "buffers", "envs.teacher_access", "teachers.base", "training_log"},
+    "on_policy": {"augmentation", "losses", "buffers", "envs.teacher_access", "teachers.base", "training_log"},
     "algos": {
         "on_policy",
         "losses",
