@@ -238,6 +238,15 @@ def test_every_task_has_a_sparse_and_a_dense_section(algo: str, env_id: str) -> 
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("obs", ["rgb", "rgb+state"])
+def test_every_task_has_sections_for_pixels(algo: str, env_id: str, obs: str) -> None:
+    section = load_section(find_config(algo), env_id, asked=[obs])
+    assert section["env_kwargs"]["obs"] == obs
+    assert section["policy_kwargs"]["features_extractor_class"] == "rpd_sb3.students.CompactCNN"
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
 @pytest.mark.parametrize(
     ("section", "gamma", "reward"), [("paper-sparse", 0.99, "sparse"), ("paper-dense", 0.8, "dense")]
 )
@@ -256,18 +265,11 @@ def test_paper_sections_have_the_authors_numbers(algo: str, section: str, gamma:
         "vf_coef": 0.25,
         "max_grad_norm": 0.5,
         "target_kl": 0.1333,
-        "policy_kwargs": {
-            "features_extractor_class": "stable_baselines3.common.torch_layers.NatureCNN",
-            "features_extractor_kwargs": {"features_dim": 256},
-            "net_arch": {"pi": [512], "vf": [512]},
-            "activation_fn": "torch.nn.ReLU",
-            "log_std_init": -0.5,
-        },
     }
     if algo == "rpd_ppo":
         expected |= {"loss": "mse", "distill_coef": 1.0}
     assert config.hyperparams == expected
-    assert (config.n_timesteps, config.n_envs, config.policy) == (30_000_000, 128, "CnnPolicy")
+    assert (config.n_timesteps, config.n_envs, config.policy) == (30_000_000, 128, "PaperCnnPolicy")
     assert config.env_kwargs == {
         "obs": "rgb",
         "camera": "human",

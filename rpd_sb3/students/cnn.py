@@ -3,7 +3,7 @@
 Observations are an image, or a Dict of one image and any number of vectors (``rgb+state``). Images stay uint8 in buffers
 and on the way to the device; SB3's policies divide them by 255 there.
 
-Shape letters: B batch, H and W pixels, K keypoints, D features.
+Shape letters: B batch, H and W pixels, D features.
 """
 
 from __future__ import annotations
@@ -22,35 +22,6 @@ from torch import nn
 from rpd_sb3.students.normalize import RunningNorm
 
 
-class SpatialSoftArgmax(nn.Module):
-    """Where each channel fires: the mean position under a softmax over its pixels (Levine et al., 2016, section 5.1).
-
-    Positions of things are what an arm needs from an image, and a mean over pixels is finer than a pixel.
-
-    :param height: of the feature map
-    :param width: of the feature map
-    """
-
-    rows: th.Tensor
-    columns: th.Tensor
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", th.linspace(-1.0, 1.0, height), persistent=False)
-        self.register_buffer("columns", th.linspace(-1.0, 1.0, width), persistent=False)
-
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        """Positions, -1 at the upper and left edge, 1 at the lower and right one.
-
-        :param features: ``(B, K, H, W)``
-        :return: ``(B, 2 K)``: all columns, then all rows
-        """
-        weights = features.flatten(2).softmax(dim=-1).view_as(features)
-        x = (weights.sum(dim=2) * self.columns).sum(dim=-1)
-        y = (weights.sum(dim=3) * self.rows).sum(dim=-1)
-        return th.cat([x, y], dim=1)
-
-
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(relu(x)))), as in IMPALA (Espeholt et al., 2018, figure 3).
 
@@ -67,46 +38,44 @@ class ResidualBlock(nn.Module):
 
 
 class CompactCNN(BaseFeaturesExtractor):
-    """Features extractor of about 30 thousand weights: strided stem, IMPALA's residual blocks, spatial soft-argmax.
+    """Features extractor of 0.73 million weights at 128 x 128 pixels: Nature's strided stem, then IMPALA's residual blocks.
 
     Vectors beside the image are standardised by :class:`RunningNorm` and appended.
 
     :param observation_space: an image ``(3, H, W)``, or a Dict of one image and vectors
-    :param n_channels: of the residual blocks; the stem has half of them
-    :param n_blocks: residual blocks at a quarter of the side length
-    :param n_keypoints: K; an image becomes 2 K numbers
+    :param features_dim: D, what an image becomes
+    :param n_blocks: residual blocks of 64 channels at an eighth of the side length
     :raises ValueError: if there is not exactly one image, or it is too small
     """
 
-    def __init__(
-        self, observation_space: spaces.Space, n_channels: int = 32, n_blocks: int = 1, n_keypoints: int = 32
-    ) -> None:
+    def __init__(self, observation_space: spaces.Space, features_dim: int = 64, n_blocks: int = 2) -> None:
         parts = (
             dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"": observation_space}
         )
         images = [key for key, space in parts.items() if is_image_space(space)]
         if len(images) != 1:
-            raise ValueError(
-                f"CompactCNN looks at one image, got {observation_space}; ask for it with env_kwargs: {{obs: rgb}}"
-            )
+            raise ValueError(f"CompactCNN looks at one image, got {observation_space}; set env_kwargs: {{obs: rgb}}")
         (self._image,) = images
         shape = parts[self._image].shape
         assert shape is not None
         if min(shape[1:]) < 16:
             raise ValueError(f"CompactCNN needs images of at least 16 x 16 pixels, got {shape[1]} x {shape[2]}")
         vectors = {key: RunningNorm(space) for key, space in parts.items() if key != self._image}
-        super().__init__(observation_space, 2 * n_keypoints + sum(norm.features_dim for norm in vectors.values()))
+        super().__init__(observation_space, features_dim + sum(norm.features_dim for norm in vectors.values()))
         self.norms = nn.ModuleDict(vectors)
-        sides = [math.ceil(side / 4) for side in shape[1:]]
-        self.encoder = nn.Sequential(
-            nn.Conv2d(shape[0], n_channels // 2, 5, stride=2, padding=2),
+        convolutions = nn.Sequential(
+            nn.Conv2d(shape[0], 32, 8, stride=4, padding=2),
             nn.ReLU(),
-            nn.Conv2d(n_channels // 2, n_channels, 3, stride=2, padding=1),
-            *(ResidualBlock(n_channels) for _ in range(n_blocks)),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            *(ResidualBlock(64) for _ in range(n_blocks)),
             nn.ReLU(),
-            nn.Conv2d(n_channels, n_keypoints, 1),
-            SpatialSoftArgmax(*sides),
+            nn.Conv2d(64, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
         )
+        with th.no_grad():
+            flat = convolutions(th.zeros(1, *shape)).shape[1]
+        self.encoder = nn.Sequential(convolutions, nn.Linear(flat, features_dim), nn.ReLU())
 
     def forward(self, observations: th.Tensor | TensorDict) -> th.Tensor:
         parts = observations if isinstance(observations, dict) else {self._image: observations}
