@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from copy import deepcopy
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -37,6 +42,126 @@ def test_it_steps_like_a_dummy_vec_env(n_workers: int) -> None:
         for ours, theirs in zip(pool.step(actions)[:3], dummy.step(actions)[:3], strict=True):
             np.testing.assert_array_equal(ours, theirs)
     pool.close()
+
+
+IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+NUMBER = spaces.Box(-np.inf, np.inf, (), np.float32)
+SPACES = {
+    "box": IMAGE,
+    "dict": spaces.Dict({"rgb": IMAGE, "number": NUMBER, "which": spaces.Discrete(300)}),
+    "tuple": spaces.Tuple((NUMBER, IMAGE)),
+    "discrete": spaces.Discrete(300),
+}
+
+
+class Frames(gym.Env):
+    """Its observations are those of the space, one after the other; episodes last 2 steps longer than its number."""
+
+    def __init__(self, number: int, space: spaces.Space) -> None:
+        self.number, self.observation_space, self.action_space = number, deepcopy(space), spaces.Discrete(2)
+        self.info = {"kept": "the same dict at each step"}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return self.observation_space.sample(), 0.0, self.t == self.number + 2, False, self.info
+
+
+def frames(n: int, space: spaces.Space) -> list[Any]:
+    return [lambda i=i: Frames(i, space) for i in range(n)]
+
+
+def parts(obs: Any) -> dict[Any, np.ndarray]:
+    return dict(obs) if isinstance(obs, dict) else dict(enumerate(obs)) if isinstance(obs, tuple) else {None: obs}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert isinstance(
+        ours, dict if isinstance(theirs, dict) else tuple if isinstance(theirs, tuple) else np.generic | np.ndarray
+    )
+    assert parts(ours).keys() == parts(theirs).keys()
+    for key, values in parts(theirs).items():
+        np.testing.assert_array_equal(parts(ours)[key], values, strict=True)
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_observations_of_every_kind_are_those_of_a_dummy_vec_env(space: spaces.Space) -> None:
+    pool, dummy = WorkerPoolVecEnv(frames(3, space), 2), DummyVecEnv(frames(3, space))
+    for venv in (pool, dummy):
+        venv.seed(7)
+    assert_same(pool.reset(), dummy.reset())
+    for _ in range(8):
+        (obs, _, dones, infos), (wanted, _, ends, their_infos) = (v.step(np.zeros(3, int)) for v in (pool, dummy))
+        assert_same(obs, wanted)
+        assert dones.tolist() == ends.tolist()
+        for i in np.flatnonzero(ends):
+            assert_same(infos[i]["terminal_observation"], their_infos[i]["terminal_observation"])
+        assert all("terminal_observation" not in infos[i] for i in np.flatnonzero(~ends))
+    pool.close()
+
+
+def test_observations_that_were_given_do_not_change_in_later_steps() -> None:
+    pool = WorkerPoolVecEnv(frames(2, IMAGE), 2)
+    first = pool.reset()
+    _, _, _, infos = [pool.step(np.zeros(2, int)) for _ in range(2)][-1]
+    terminal = infos[0]["terminal_observation"]
+    before = first.copy(), terminal.copy()
+    for _ in range(4):
+        pool.step(np.zeros(2, int))
+    np.testing.assert_array_equal(first, before[0])
+    np.testing.assert_array_equal(terminal, before[1])
+    pool.close()
+
+
+class CountingRemote:
+    """A connection that counts the bytes that arrive."""
+
+    def __init__(self, remote: Any) -> None:
+        self.remote, self.bytes = remote, 0
+        self.send, self.close = remote.send, remote.close
+
+    def recv(self) -> Any:
+        data = self.remote.recv_bytes()
+        self.bytes += len(data)
+        return ForkingPickler.loads(data)
+
+
+def test_no_frame_goes_through_a_pipe() -> None:
+    pool = WorkerPoolVecEnv(frames(2, IMAGE), 1)
+    (counting,) = pool._remotes = [CountingRemote(pool._remotes[0])]  # type: ignore[list-item]
+    pool.reset()
+    for _ in range(4):  # episodes end among them
+        pool.step(np.zeros(2, int))
+    assert counting.bytes < 4096 < np.prod(IMAGE.shape)
+    pool.close()
+
+
+def test_environments_that_show_different_things_are_refused() -> None:
+    def fns() -> list[Any]:
+        return [*frames(1, IMAGE), *frames(1, spaces.Box(0, 255, (32, 32, 3), np.uint8))]
+
+    with pytest.raises(ValueError, match=r"env 0 shows Box\(0, 255, \(64, .* env 1 shows Box\(0, 255, \(32, "):
+        WorkerPoolVecEnv(fns(), 2)
+    with pytest.raises(RuntimeError, match="environment worker 0 failed:[^$]*could not broadcast"):
+        WorkerPoolVecEnv(fns(), 1).reset()
+
+
+def test_a_closed_pool_leaves_no_memory_and_no_descriptor() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        pool = WorkerPoolVecEnv(frames(2, IMAGE), 2)
+        pool.reset()
+        assert "rpd_sb3-observations" in Path("/proc/self/maps").read_text()
+        pool.close()
+        del pool
+        gc.collect()
+        assert "rpd_sb3-observations" not in Path("/proc/self/maps").read_text()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 3  # the fork server's own
 
 
 def test_infos_belong_to_their_environments() -> None:

@@ -9,17 +9,21 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import (
     CloudpickleWrapper,
     VecEnvIndices,
     VecEnvObs,
     VecEnvStepReturn,
 )
+from stable_baselines3.common.vec_env.util import obs_space_info
+
+from rpd_sb3.envs.shared_observations import SharedDummyVecEnv, make_memory, map_block
 
 PRELOAD = "rpd_sb3.envs.worker"
 CLOSE_TIMEOUT = 10.0
@@ -32,9 +36,12 @@ class WorkerPoolVecEnv(VecEnv):
     SB3's SubprocVecEnv starts one process for each environment; with more environments than cores that costs memory,
     start-up time and, for environments of about 2 ms per step, a third of the throughput. An exception in an
     environment arrives here with its traceback, and a worker that dies is an error, not a wait.
+    Observations, terminal ones too, lie in memory that all processes share; everything else is pickled.
 
     :param env_fns: one function for each environment
     :param n_workers: number of processes; None: one per core, at most N
+    :raises RuntimeError: if an environment cannot be made
+    :raises ValueError: if the environments show different things
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], n_workers: int | None = None) -> None:
@@ -54,8 +61,33 @@ class WorkerPoolVecEnv(VecEnv):
             worker_remote.close()
             self._remotes.append(remote)
             self._processes.append(process)
-        spaces = [self._receive(worker) for worker in range(n_workers)][0]
-        super().__init__(len(env_fns), *spaces)
+        spaces = [self._receive(worker) for worker in range(n_workers)]
+        super().__init__(len(env_fns), *spaces[0])
+        self._share([obs_space for obs_space, _ in spaces])
+
+    def _share(self, obs_spaces: Sequence[gym.Space]) -> None:
+        """Map one block for the observations of all environments, here and in the workers."""
+        space = self.observation_space
+        for worker, other in enumerate(obs_spaces):
+            if obs_space_info(other) != obs_space_info(space):
+                self.close()
+                raise ValueError(
+                    f"WorkerPoolVecEnv: env 0 shows {space}, but env {self._rows[worker][0]} shows {other}; all "
+                    "environments must show arrays of the same shapes and types"
+                )
+        memory = make_memory(space, self.num_envs)
+        try:
+            self._block = map_block(memory, space, self.num_envs)
+            for worker, rows in enumerate(self._rows):
+                self._send(worker, "share", self.num_envs, int(rows[0]))
+                try:
+                    send_handle(self._remotes[worker], memory, self._processes[worker].pid)
+                except OSError as error:
+                    raise self._died(worker) from error
+        finally:
+            os.close(memory)
+        for worker in range(len(self._rows)):
+            self._receive(worker)
 
     def step_async(self, actions: np.ndarray) -> None:
         for worker, rows in enumerate(self._rows):
@@ -63,24 +95,21 @@ class WorkerPoolVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         results = [self._receive(worker) for worker in range(len(self._rows))]
-        obs, rewards, dones, infos, reset_infos = zip(*results, strict=True)
+        rewards, dones, parts, reset_infos = zip(*results, strict=True)
         self.reset_infos = [info for part in reset_infos for info in part]
-        return (
-            _concatenate(obs),
-            np.concatenate(rewards),
-            np.concatenate(dones),
-            [info for part in infos for info in part],
-        )
+        ended, infos = np.concatenate(dones), [info for part in parts for info in part]
+        for env in np.flatnonzero(ended):
+            infos[env]["terminal_observation"] = self._block.read_terminal(int(env))
+        return self._block.read_current(), np.concatenate(rewards), ended, infos
 
     def reset(self) -> VecEnvObs:
         for worker, rows in enumerate(self._rows):
             self._send(worker, "reset", [self._seeds[i] for i in rows], [self._options[i] for i in rows])
         results = [self._receive(worker) for worker in range(len(self._rows))]
-        obs, reset_infos = zip(*results, strict=True)
-        self.reset_infos = [info for part in reset_infos for info in part]
+        self.reset_infos = [info for reset_infos in results for info in reset_infos]
         self._reset_seeds()
         self._reset_options()
-        return _concatenate(obs)
+        return self._block.read_current()
 
     def close(self) -> None:
         if self.closed:
@@ -150,17 +179,11 @@ class WorkerPoolVecEnv(VecEnv):
         return RuntimeError(f"environment worker {worker} of {len(self._rows)} died with exit code {code}")
 
 
-def _concatenate(parts: Sequence[Any]) -> Any:
-    if isinstance(parts[0], dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)
-
-
 def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
     """A worker's life: build its share of the environments, obey, answer ``(failed, result)``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        venv = DummyVecEnv(env_fns.var)
+        venv = SharedDummyVecEnv(env_fns.var)
         remote.send((False, (venv.observation_space, venv.action_space)))
     except Exception:
         remote.send((True, traceback.format_exc()))
@@ -171,6 +194,8 @@ def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
         except (EOFError, OSError):
             break
         try:
+            if command == "share":
+                data = (recv_handle(remote), *data)
             answer: tuple[bool, Any] = (False, _obey(venv, command, data))
         except Exception:
             answer = (True, traceback.format_exc())
@@ -183,13 +208,19 @@ def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
     venv.close()
 
 
-def _obey(venv: DummyVecEnv, command: str, data: tuple[Any, ...]) -> Any:
+def _obey(venv: SharedDummyVecEnv, command: str, data: tuple[Any, ...]) -> Any:
     if command == "step":
-        obs, rewards, dones, infos = venv.step(data[0])
-        return obs, rewards, dones, infos, venv.reset_infos
+        _, rewards, dones, infos = venv.step(data[0])
+        return rewards, dones, infos, venv.reset_infos
     if command == "reset":
         venv._seeds, venv._options = data
-        return venv.reset(), venv.reset_infos
+        venv.reset()
+        return venv.reset_infos
+    if command == "share":
+        memory, n_envs, first_row = data
+        venv.share(map_block(memory, venv.observation_space, n_envs), first_row)
+        os.close(memory)
+        return None
     name, local, args, kwargs = data
     if name == "get_images":
         return venv.get_images()
