@@ -1,20 +1,26 @@
-"""SB3's rollout buffers plus teacher labels, a store of past labels, and what the losses see of them.
+"""SB3's rollout buffers without their copies and with teacher labels, a store of past labels, and what the losses see.
 
 Shape letters: T steps, E environments, B minibatch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import zipfile
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
 Observation = np.ndarray | dict[str, np.ndarray]
+CHUNK = 64
+"""Pairs that the label replay copies at a time."""
+READ_BYTES = 2**22
+"""Bytes that the label replay reads from a file at a time."""
 
 
 class LabelledSamples(NamedTuple):
@@ -54,6 +60,57 @@ class Imitation(NamedTuple):
     """Label name to ``(n, ...)``"""
     labelled: th.Tensor
     """``(n,)`` bool: True where the teacher has answered."""
+
+
+class _CompactMixin:
+    """Keeps observations environment by environment, in one place for all rollouts.
+
+    SB3's buffers flatten ``(T, E, ...)`` environment by environment before an update, which copies all observations, so
+    that a rollout of images needs its memory twice; here that is a view of what is there.
+    """
+
+    buffer_size: int
+    n_envs: int
+    obs_shape: Any
+    observation_space: spaces.Space
+
+    def reset(self) -> None:
+        shapes: dict[str | None, tuple[int, ...]]
+        wanted = self.obs_shape
+        shapes = wanted if isinstance(wanted, dict) else {None: wanted}
+        if not hasattr(self, "_stores"):
+            rows, space = (self.n_envs, self.buffer_size), self.observation_space
+            dtypes = {key: (space if key is None else space[key]).dtype for key in shapes}  # type: ignore[index]
+            self._stores = {key: np.zeros((*rows, *shape), dtypes[key]) for key, shape in shapes.items()}
+        self.obs_shape = {} if isinstance(wanted, dict) else (0,)  # SB3 makes its observations anew: let them be empty
+        super().reset()  # type: ignore[misc]
+        self.obs_shape = wanted
+        views = {key: store.swapaxes(0, 1) for key, store in self._stores.items()}
+        self.observations = views if isinstance(wanted, dict) else views[None]
+
+
+class CompactRolloutBuffer(_CompactMixin, RolloutBuffer):  # type: ignore[misc]
+    """:class:`RolloutBuffer` that an update does not copy."""
+
+
+class CompactDictRolloutBuffer(_CompactMixin, DictRolloutBuffer):  # type: ignore[misc]
+    """:class:`DictRolloutBuffer` that an update does not copy."""
+
+
+def use_compact_buffer(model: Any) -> None:
+    """Exchange SB3's own rollout buffer for one that an update does not copy; what the model learns and saves stays.
+
+    :param model: one that has just been made or loaded; any but PPO, TRPO and the like stay as they are
+    """
+    classes: dict[Any, Any] = {RolloutBuffer: CompactRolloutBuffer, DictRolloutBuffer: CompactDictRolloutBuffer}
+    old: Any = getattr(model, "rollout_buffer", None)
+    if type(old) not in classes:
+        return
+    compact = classes[type(old)]
+    size, spaces_of = old.buffer_size, (old.observation_space, old.action_space)
+    others = {name: getattr(old, name) for name in ("device", "gae_lambda", "gamma", "n_envs")}
+    model.rollout_buffer = old = None  # frees its memory before there is another one
+    model.rollout_buffer = compact(size, *spaces_of, **others)
 
 
 class _LabelsMixin:
@@ -113,12 +170,12 @@ class _LabelsMixin:
         return LabelledSamples(*samples, labels, to_torch(self.labelled[at]))  # type: ignore[call-arg]
 
 
-class LabelledRolloutBuffer(_LabelsMixin, RolloutBuffer):  # type: ignore[misc]
-    """:class:`RolloutBuffer` with teacher labels."""
+class LabelledRolloutBuffer(_LabelsMixin, CompactRolloutBuffer):  # type: ignore[misc]
+    """:class:`CompactRolloutBuffer` with teacher labels."""
 
 
-class LabelledDictRolloutBuffer(_LabelsMixin, DictRolloutBuffer):  # type: ignore[misc]
-    """:class:`DictRolloutBuffer` with teacher labels."""
+class LabelledDictRolloutBuffer(_LabelsMixin, CompactDictRolloutBuffer):  # type: ignore[misc]
+    """:class:`CompactDictRolloutBuffer` with teacher labels."""
 
 
 class LabelReplay:
@@ -135,21 +192,28 @@ class LabelReplay:
         self._next = 0
         self._arrays: dict[str, np.ndarray] = {}
 
-    def extend(self, observations: Observation, labels: dict[str, np.ndarray]) -> None:
-        """Append n pairs; the oldest make room.
+    def extend(self, observations: Observation, labels: dict[str, np.ndarray], where: np.ndarray | None = None) -> None:
+        """Append n pairs; the oldest make room. Nothing of their size is allocated on the way.
 
-        :param observations: ``(n, ...)``, or a dict of such arrays
-        :param labels: label name to ``(n, ...)``
+        :param observations: ``(n, ...)``, or a dict of such arrays; with ``where`` ``(T, E, ...)``
+        :param labels: label name to ``(n, ...)`` or ``(T, E, ...)``
+        :param where: ``(T, E)`` bool, True n times: the pairs to append, step by step; None: all
         """
         if not isinstance(observations, dict):
             observations = {"": observations}
         columns = {f"obs/{k}": v for k, v in observations.items()} | {f"label/{k}": v for k, v in labels.items()}
-        n = len(next(iter(columns.values())))
+        if where is None:
+            where = np.ones(len(next(iter(columns.values()))), bool)
+        found = np.nonzero(where)
+        n = len(found[0])
+        found = tuple(index[-self.capacity :] for index in found)
         rows = (self._next + np.arange(n)[-self.capacity :]) % self.capacity
         for name, values in columns.items():
             if name not in self._arrays:
-                self._arrays[name] = np.zeros((self.capacity, *values.shape[1:]), values.dtype)
-            self._arrays[name][rows] = values[-self.capacity :]
+                self._arrays[name] = np.zeros((self.capacity, *values.shape[where.ndim :]), values.dtype)
+            for start in range(0, len(rows), CHUNK):
+                part = slice(start, start + CHUNK)
+                self._arrays[name][rows[part]] = values[tuple(index[part] for index in found)]
         self._next = (self._next + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
@@ -175,12 +239,34 @@ class LabelReplay:
         :raises ValueError: if the file holds more pairs than fit
         """
         with np.load(path, allow_pickle=False) as file:
-            columns = {k: file[k] for k in file.files if k != "next"}
             start = int(file["next"])
-        n = len(next(iter(columns.values()))) if columns else 0
-        if n > self.capacity:
-            raise ValueError(f"label replay {path!r} holds {n} pairs, but label_replay={self.capacity}")
-        for name, values in columns.items():
-            self._arrays[name] = np.zeros((self.capacity, *values.shape[1:]), values.dtype)
-            self._arrays[name][:n] = values
+        n, arrays = 0, {}
+        with zipfile.ZipFile(path) as archive:
+            for entry in set(archive.namelist()) - {"next.npy"}:
+                with archive.open(entry) as stream:
+                    shape, dtype = _read_header(stream, path)
+                    if (n := shape[0]) > self.capacity:
+                        raise ValueError(f"label replay {path!r} holds {n} pairs, but label_replay={self.capacity}")
+                    array = arrays[entry.removesuffix(".npy")] = np.zeros((self.capacity, *shape[1:]), dtype)
+                    _read_into(array[:n], stream, path)
+        self._arrays = arrays
         self.size, self._next = n, (start if n == self.capacity else n)
+
+
+def _read_header(stream: IO[bytes], path: str) -> tuple[tuple[int, ...], np.dtype]:
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran_order, dtype = read[np.lib.format.read_magic(stream)](stream)
+    if fortran_order or dtype.hasobject or not shape:
+        raise ValueError(f"label replay {path!r} was not written by LabelReplay.save")
+    return shape, dtype
+
+
+def _read_into(rows: np.ndarray, stream: IO[bytes], path: str) -> None:
+    """Fill rows with what follows, in parts: ``np.load`` would make an array of its own first."""
+    memory = rows.reshape(-1).view(np.uint8)
+    for start in range(0, memory.size, READ_BYTES):
+        part = memory[start : start + READ_BYTES]
+        data = stream.read(part.size)
+        if len(data) < part.size:
+            raise ValueError(f"label replay {path!r} ends too early; it is damaged")
+        part[:] = np.frombuffer(data, np.uint8)

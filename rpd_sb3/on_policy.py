@@ -212,10 +212,8 @@ class OnPolicyDistillation(PPO):
             raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
         self.logger.record("rollout/missing_labels", missing)
         if self.label_replay_buffer is not None:
-            at = buffer.labelled
-            kept = {k: v[at] for k, v in obs.items()} if isinstance(obs := buffer.observations, dict) else obs[at]
             columns = {TAKEN: buffer.actions, **buffer.labels}
-            self.label_replay_buffer.extend(kept, {name: values[at] for name, values in columns.items()})
+            self.label_replay_buffer.extend(buffer.observations, columns, where=buffer.labelled)
 
     def train(self) -> None:
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""

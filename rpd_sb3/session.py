@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from rpd_sb3 import runs
 from rpd_sb3.algos import ALGOS
 from rpd_sb3.augmentation import has_images
+from rpd_sb3.buffers import use_compact_buffer
 from rpd_sb3.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.envs import VecTeacher, make_env, make_vec_env
 from rpd_sb3.envs.factory import with_token_bounds
@@ -136,6 +137,7 @@ def build(args: dict[str, Any], config: RunConfig, resume: runs.SavedRun | None,
             raise ValueError(f"{checkpoint} has {done} timesteps already; ask for more than that with -n")
         venv = _training_env(args, config, teachers[0], closing)
         model = _model(args, config, algo, venv, checkpoint)
+        use_compact_buffer(model)
         _ask_once(model, args["seed"] + model.num_timesteps)
         evaluator = Evaluator(
             args["env"],

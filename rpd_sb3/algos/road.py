@@ -169,12 +169,13 @@ class ROAD(OnPolicyDistillation):
         """A function of observations and actions, for all steps: (T, E, ...)."""
         buffer: Any = self.rollout_buffer
         shape = (buffer.buffer_size, buffer.n_envs)
-        observations = each(lambda values: values.reshape(-1, *values.shape[2:]), buffer.observations)
         actions = buffer.actions.reshape(-1, *buffer.actions.shape[2:])
         parts = []
         for at in range(0, len(actions), CHUNK):
             rows = slice(at, at + CHUNK)
-            obs = obs_as_tensor(each(lambda values, rows=rows: values[rows], observations), self.device)
+            steps, envs = np.divmod(np.arange(len(actions))[rows], buffer.n_envs)
+            seen = each(lambda values, steps=steps, envs=envs: values[steps, envs], buffer.observations)
+            obs = obs_as_tensor(seen, self.device)
             parts.append(function(obs, th.as_tensor(actions[rows], device=self.device)).cpu().numpy())
         result = np.concatenate(parts)
         return result.reshape(*shape, *result.shape[1:])
