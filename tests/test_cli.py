@@ -21,8 +21,10 @@ import torch as th
 import yaml
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 
 from rpd_sb3 import evaluate, runs, session, train
+from rpd_sb3.buffers import CompactRolloutBuffer
 from rpd_sb3.cli import Interrupt
 from rpd_sb3.teachers import Labels, Query, TeacherError
 from rpd_sb3.teachers.sb3_policy import SB3Teacher
@@ -530,7 +532,9 @@ def test_resume_continues_the_weights(logs: Path) -> None:
     job = session.build(args, config, run, [])
     assert job.model.env is not None
     assert job.model.env._seeds == [160, 161]  # not the first episodes again
+    assert isinstance(job.model.rollout_buffer, CompactRolloutBuffer)  # type: ignore[attr-defined]
     saved = PPO.load(run.last_model)
+    assert saved.rollout_buffer_class is RolloutBuffer  # SB3 alone can load it
     assert all(th.equal(a, b) for a, b in zip(job.model.policy.parameters(), saved.policy.parameters(), strict=True))
     state = job.model.policy.optimizer.state_dict()["state"]
     assert all(

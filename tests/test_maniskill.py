@@ -32,6 +32,14 @@ def pick_cube() -> Iterator[gym.Env]:
     env.close()
 
 
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[None]:
+    """Keeps shaders and meshes loaded: without an environment that renders, the next one compiles them again (5 s)."""
+    env = make_env("PushCube-v1", obs="rgb", image_size=8)
+    yield
+    env.close()
+
+
 def rollout(env: gym.Env, seed: int | None, n: int, action_seed: int = 0) -> list[np.ndarray]:
     """Observations of n random steps after a reset."""
     rng = np.random.default_rng(action_seed)
@@ -130,6 +138,51 @@ def test_images_have_the_asked_size_and_show_the_goal_marker() -> None:
     assert obs["state"].shape == (25,)
     red, green, blue = obs["rgb"].astype(int).transpose(2, 0, 1)
     assert ((green > 1.5 * red) & (green > 1.5 * blue) & (green > 60)).sum() > 10, "the green sphere"
+    env.close()
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_student_of_any_task_sees_frames_that_follow_from_the_seed(task: str, renderer: None) -> None:
+    env = make_env(task, obs="rgb", image_size=84)
+    assert env.observation_space == spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    first, other, again = (env.reset(seed=seed)[0] for seed in (3, 4, 3))
+    assert env.observation_space.contains(first)
+    assert first.std() > 10, "it shows something"
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    env.close()
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_student_of_any_task_sees_frames_and_itself_but_nothing_of_the_scripted_teachers(
+    task: str, renderer: None
+) -> None:
+    teacher = make_teacher("scripted", task)
+    options: dict[str, Any] = {"obs": "rgb+state", "image_size": 128, "teacher": teacher.spec}
+    venv = VecTeacher(make_vec_env(task, 1, seed=3, vec_env="dummy", **options), teacher)
+    image, joints = spaces.Box(0, 255, (128, 128, 3), np.uint8), spaces.Box(-np.inf, np.inf, (25,), np.float32)
+    assert venv.observation_space == spaces.Dict({"rgb": image, "state": joints})
+    assert set(venv.venv.observation_space.spaces) == {"rgb", "state", "teacher/privileged"}  # type: ignore[attr-defined]
+    frames = []
+    for seed in (3, 4, 3):
+        venv.seed(seed)
+        obs: Any = venv.reset()
+        assert venv.observation_space.contains({key: values[0] for key, values in obs.items()})
+        frames.append(obs["rgb"])
+    np.testing.assert_array_equal(frames[0], frames[2])
+    assert (frames[0] != frames[1]).any()
+    venv.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("obs", "size"), [("rgb", 128), ("rgb+state", 84)])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_task_has_the_other_sizes_of_its_views(task: str, obs: str, size: int, renderer: None) -> None:
+    env = make_env(task, obs=obs, image_size=size)
+    given, _ = env.reset(seed=3)
+    assert env.observation_space.contains(given)
+    frame = given["rgb"] if obs == "rgb+state" else given
+    assert (frame.shape, frame.dtype) == ((size, size, 3), np.uint8)
     env.close()
 
 
