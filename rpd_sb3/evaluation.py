@@ -263,6 +263,15 @@ def summarise(episodes: Sequence[Episode]) -> EvalResult:
     )
 
 
+def describe(result: EvalResult) -> str:
+    """A result in one line."""
+    text = f"return {result.mean_return:.2f}, length {result.mean_length:.1f}"
+    if result.success_once is None or result.ci95 is None or result.success_at_end is None:
+        return text
+    low, high = result.ci95
+    return f"success {result.success_once:.0%} [{low:.0%}, {high:.0%}], at end {result.success_at_end:.0%}, {text}"
+
+
 @contextmanager
 def untouched_rng() -> Iterator[None]:
     """Leave Python's, NumPy's and PyTorch's global generators as they were, whatever happens inside."""

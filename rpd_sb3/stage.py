@@ -33,8 +33,8 @@ class Film:
     render_mode = "rgb_array"
 
     def __init__(self, path: Path) -> None:
-        if path.suffix not in FORMATS:
-            raise ValueError(f"{path} must end in {' or '.join(FORMATS)}")
+        if path.suffix not in FORMATS or path.is_dir():
+            raise ValueError(f"{path} cannot be a film; name a file that ends in {' or '.join(FORMATS)}")
         try:
             import imageio.v2 as imageio
         except ImportError as error:

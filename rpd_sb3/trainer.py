@@ -14,7 +14,7 @@ from rpd_sb3.agreement import measure_agreement
 from rpd_sb3.artifacts import learning_curve, record_video
 from rpd_sb3.callbacks import CheckpointCallback, EvalSuccessCallback, ProgressCallback
 from rpd_sb3.cli import Interrupt
-from rpd_sb3.evaluation import EvalResult
+from rpd_sb3.evaluation import EvalResult, describe
 from rpd_sb3.measurements import student_bytes, student_latency, student_parameters
 from rpd_sb3.session import Session
 from rpd_sb3.teachers import TeacherError
@@ -178,12 +178,3 @@ class Trainer:
 
     def _report(self, timesteps: int, result: EvalResult) -> None:
         print(f"{timesteps:>10,} steps: {describe(result)}", flush=True)
-
-
-def describe(result: EvalResult) -> str:
-    """A result in one line."""
-    text = f"return {result.mean_return:.2f}, length {result.mean_length:.1f}"
-    if result.success_once is None or result.ci95 is None or result.success_at_end is None:
-        return text
-    low, high = result.ci95
-    return f"success {result.success_once:.0%} [{low:.0%}, {high:.0%}], at end {result.success_at_end:.0%}, {text}"
