@@ -38,12 +38,12 @@ def check(argv: Sequence[str]) -> Any:
     """
     check_training_side()
     args = make_parser().parse_args(argv)
-    for flag, name in (("-o", args.output), ("--csv", args.csv)):
+    for flag, name, example in (("-o", args.output, "report.html"), ("--csv", args.csv, "numbers.csv")):
         if name is None:
             continue
         path = Path(name)
         if path.is_dir():
-            raise ValueError(f"{flag} {name} is a folder; name a file in it, e.g. {path / 'report.html'}")
+            raise ValueError(f"{flag} {name} is a folder; name a file in it, e.g. {path / example}")
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{flag} {name}: folder {str(path.parent)!r} does not exist; make it first")
     if args.csv is not None and Path(args.csv).resolve() == Path(args.output).resolve():

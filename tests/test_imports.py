@@ -30,6 +30,7 @@ ALLOWED = {
     "students": set(),
     "envs": {"teachers.base", "teachers.privileged"},
     "warm_start": set(),
+    "reporting": {"evaluation", "runs", "config"},
     "training_log": set(),
     "on_policy": {"augmentation", "losses", "buffers", "envs.teacher_access", "teachers.base", "training_log"},
     "algos": {

@@ -21,6 +21,8 @@ UPDATES = (
     ("train/approx_kl", "KL of an update", "nats", "log"),
     ("train/distill_loss", "distillation loss", "loss", "linear"),
     ("train/distill_kl", "KL to the teacher", "nats", "linear"),
+    ("train/reverse_kl", "reverse KL to the teacher", "nats", "linear"),
+    ("train/forward_kl", "forward KL to the teacher", "nats", "linear"),
 )
 """Columns of ``progress.csv`` that are drawn where there are any: title, unit, scale. SB3 logs the entropy with a minus;
 the KL of the first updates can be a thousand times that of the others."""
