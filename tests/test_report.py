@@ -15,6 +15,7 @@ from stable_baselines3 import PPO
 
 from rpd_sb3 import report, train
 from rpd_sb3.evaluation import wilson_interval
+from rpd_sb3.reporting import page as page_module
 from rpd_sb3.reporting import tables, words
 from rpd_sb3.reporting.groups import Group, group_records, mean_curve
 from rpd_sb3.reporting.page import render
@@ -158,6 +159,12 @@ def test_success_counts_the_episodes_of_all_seeds(tmp_path: Path) -> None:
     }
 
 
+def test_the_time_of_a_resumed_run_is_not_known(tmp_path: Path) -> None:
+    content = tables.success_table([only(make_run(tmp_path / "run", content=result(resumed_at=100)))])
+    assert content.rows[-1].cells[-1] == tables.Cell("–", note=1)
+    assert content.notes == ["not known of runs that have not ended, or were resumed"]
+
+
 def test_a_teacher_that_all_seeds_share_is_counted_once(tmp_path: Path) -> None:
     group = only(*(make_run(tmp_path / str(seed), seed=seed) for seed in range(3)))
     assert group.teacher_rate("success_once") == (pytest.approx(0.4), *wilson_interval(4, K), K)
@@ -265,6 +272,14 @@ def test_colours_are_those_of_the_page(tmp_path: Path) -> None:
     assert "var(--c0)" in figures
     assert "var(--text)" in figures
     assert not re.search(r"#[0-9a-f]{6}\b(?!\")", re.sub(r'"#[^"]*"|url\(#[^)]*\)', "", figures))
+
+
+def test_entropy_is_drawn_with_its_own_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(page_module, "draw", lambda name, describe, lines, *_: drawn.update({describe: lines}) or "")
+    page(make_run(tmp_path / "run"))
+    (line,) = drawn["entropy of the student over environment steps on PickCube-v1"]
+    assert (line.curve.steps.tolist(), line.curve.mean.tolist()) == ([100, 200], [3.0, 2.0])
 
 
 def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:

@@ -61,10 +61,11 @@ def success_table(groups: Sequence[Group]) -> Table:
             Cell(f"{episodes}"),
             Cell(f"{len(group.records)}", ", ".join(str(record.seed) for record in group.records)),
             Cell(" to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1])))),
-            Cell(words.duration(mean(seconds))),
+            Cell(words.duration(mean(seconds)), note=None if mean(seconds) is not None else 1),
         ]
         rows.append(Row(group.label, outcome + cells, colour))
-    return Table(columns, rows, [])
+    unknown = any(cell.note for row in rows for cell in row.cells)
+    return Table(columns, rows, ["not known of runs that have not ended, or were resumed"] * unknown)
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
