@@ -54,14 +54,9 @@ def check(argv: Sequence[str]) -> Any:
     """
     check_training_side()
     args = make_parser().parse_args(argv)
-    if (args.run is None) == (args.teacher is None):
-        raise ValueError(
-            "name either a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, or a teacher, e.g. --teacher scripted"
-        )
-    if args.teacher and args.env is None:
-        raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
-    if args.run and args.teacher_kwargs:
-        raise ValueError("--teacher-kwargs are for --teacher, not for --run")
+    from rpd_sb3.players import check_player
+
+    check_player(args)
     check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1})
     return args
 
@@ -74,65 +69,29 @@ class Job:
     """
 
     def __init__(self, args: Any) -> None:
-        from rpd_sb3.config import merge, parse_pairs
-        from rpd_sb3.envs.factory import check_env_id
         from rpd_sb3.evaluation import Evaluator
-        from rpd_sb3.session import open_teacher, probe, set_threads
+        from rpd_sb3.players import open_player
 
         self.args = args
-        self.model: Any = None
-        teacher = None
-        env_id, env_kwargs = args.env, parse_pairs(args.env_kwargs, "--env-kwargs")
-        if env_id:
-            check_env_id(env_id)
         with ExitStack() as closing:
-            if args.run:
-                run = self._load_student(args)
-                env_id, env_kwargs = env_id or run.args["env"], merge(run.config.get("env_kwargs", {}), env_kwargs)
-            else:
-                self.name = f"teacher {args.teacher}"
-                teacher = open_teacher(
-                    args.teacher, env_id, parse_pairs(args.teacher_kwargs, "--teacher-kwargs"), closing
-                )
-            space = probe(env_id, env_kwargs, teacher)
-            if self.model is not None:
-                set_threads(None, str(self.model.device), space)
-                try:
-                    self.model.policy.obs_to_tensor(space.sample())  # also takes channels last
-                except (ValueError, KeyError, AssertionError) as error:
-                    trained = self.model.observation_space
-                    raise ValueError(
-                        f"{self.name} was trained on {trained}, but env {env_id!r} shows {space}"
-                    ) from error
+            self.player = open_player(args, closing)
             self.evaluator = Evaluator(
-                env_id,
-                env_kwargs,
+                self.player.env_id,
+                self.player.env_kwargs,
                 n_episodes=args.n_episodes,
                 seed=args.seed,
                 n_envs=args.n_envs,
                 vec_env=args.vec_env,
-                teacher=teacher,
+                teacher=self.player.teacher,
             )
-            self.env_id = env_id
             closing.callback(self.evaluator.close)
             self._closing = closing.pop_all()
 
-    def _load_student(self, args: Any) -> Any:
-        from rpd_sb3 import runs
-        from rpd_sb3.session import check_device
-
-        run = runs.load_run(args.run)
-        path = run.best_model if args.model == "best" else run.last_model
-        if args.model == "best" and not path.is_file():
-            raise ValueError(f"run {args.run!r} has no best_model.zip yet; use --model last")
-        self.name = str(path)
-        self.model = runs.load_model(run.algo, path, device=check_device(args.device))
-        return run
-
     def run(self, interrupt: Interrupt) -> int:
         """Play the episodes and show how they went."""
-        result = self.evaluator.teacher() if self.model is None else self.evaluator.student(self.model)
-        content = {"name": self.name, "env": self.env_id, "seed": self.args.seed} | result.summary()
+        player = self.player
+        result = self.evaluator.teacher() if player.model is None else self.evaluator.student(player.model)
+        content = {"name": player.name, "env": player.env_id, "seed": self.args.seed} | result.summary()
         if self.args.json == "-":
             print(json.dumps(content, indent=2))
             return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -149,13 +149,15 @@ class Evaluator:
         self._env_id, self._options = env_id, options
         self._n_envs, self._vec_env, self._teacher = min(n_envs, n_episodes), vec_env, teacher
         self._venv: VecEnv | None = None
+        self._shown = True
 
     @property
     def venv(self) -> VecEnv:
         if self._venv is None:
-            spec = None if self._teacher is None else self._teacher.spec
+            teacher = self._teacher if self._shown else None
+            spec = None if teacher is None else teacher.spec
             venv = make_vec_env(self._env_id, self._n_envs, vec_env=self._vec_env, teacher=spec, **self._options)
-            self._venv = venv if self._teacher is None else VecTeacher(venv, self._teacher, label_fraction=0.0)
+            self._venv = venv if teacher is None else VecTeacher(venv, teacher, label_fraction=0.0)
         return self._venv
 
     def student(self, model: BaseAlgorithm) -> EvalResult:
@@ -169,23 +171,29 @@ class Evaluator:
         """
         return self.evaluate(teacher_actor(self.venv))
 
-    def evaluate(self, act: Actor) -> EvalResult:
+    def evaluate(self, act: Actor, n_episodes: int | None = None) -> EvalResult:
         """Play the episodes.
 
         :param act: who plays
+        :param n_episodes: only the first ones; None: all
         """
+        n_episodes = n_episodes or self.n_episodes
         with untouched_rng():
             venv = self.venv
-            episodes: list[_Episode] = []
-            while len(episodes) < self.n_episodes:
+            episodes: list[Episode] = []
+            while len(episodes) < n_episodes:
                 venv.seed(self.seed + len(episodes))
-                episodes += _play(venv, act)
-        return _result(episodes[: self.n_episodes])
+                episodes += play(venv, act)
+        return summarise(episodes[:n_episodes])
 
-    def drop_teacher(self) -> None:
-        """From now on show nothing to the teacher: its images need not be rendered for the student's episodes."""
-        self.close()
-        self._teacher = None
+    def show_teacher(self, shown: bool) -> None:
+        """Whether the teacher sees the episodes from now on: its images need not be rendered for the student's.
+
+        :param shown: False: the teacher sees nothing, and can neither be evaluated nor asked
+        """
+        if shown != self._shown and self._teacher is not None:
+            self.close()
+        self._shown = shown
 
     def close(self) -> None:
         if self._venv is not None:
@@ -193,20 +201,28 @@ class Evaluator:
             self._venv = None
 
 
-class _Episode(NamedTuple):
+class Episode(NamedTuple):
+    """How one episode went. Success is None if the environment does not report it."""
+
     ret: float
     length: int
     once: bool | None
+    """Successful at some step."""
     at_end: bool | None
+    """Successful at the last step."""
 
 
-def _play(venv: VecEnv, act: Actor) -> list[_Episode]:
-    """One episode in each environment, in step; an environment that is done waits for the others."""
+def play(venv: VecEnv, act: Actor) -> list[Episode]:
+    """One episode in each environment, in step; an environment that is done waits for the others.
+
+    :param venv: N environments, seeded
+    :param act: who plays
+    """
     n = venv.num_envs
     obs = venv.reset()
     starts = np.ones(n, dtype=bool)
     returns, once = np.zeros(n), np.zeros(n, dtype=bool)
-    episodes: list[_Episode | None] = [None] * n
+    episodes: list[Episode | None] = [None] * n
     length = 0
     while any(episode is None for episode in episodes):
         obs, rewards, starts, infos = venv.step(act(obs, starts))
@@ -219,13 +235,14 @@ def _play(venv: VecEnv, act: Actor) -> list[_Episode]:
             once[i] |= bool(success)
             if starts[i]:
                 known = success is not None
-                episodes[i] = _Episode(
+                episodes[i] = Episode(
                     returns[i], length, bool(once[i]) if known else None, bool(success) if known else None
                 )
     return [episode for episode in episodes if episode is not None]
 
 
-def _result(episodes: list[_Episode]) -> EvalResult:
+def summarise(episodes: Sequence[Episode]) -> EvalResult:
+    """What the episodes amount to, at least one."""
     returns = np.array([episode.ret for episode in episodes])
     lengths = np.array([episode.length for episode in episodes])
     once = at_end = None
@@ -244,6 +261,15 @@ def _result(episodes: list[_Episode]) -> EvalResult:
         once=once,
         at_end=at_end,
     )
+
+
+def describe(result: EvalResult) -> str:
+    """A result in one line."""
+    text = f"return {result.mean_return:.2f}, length {result.mean_length:.1f}"
+    if result.success_once is None or result.ci95 is None or result.success_at_end is None:
+        return text
+    low, high = result.ci95
+    return f"success {result.success_once:.0%} [{low:.0%}, {high:.0%}], at end {result.success_at_end:.0%}, {text}"
 
 
 @contextmanager

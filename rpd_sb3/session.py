@@ -49,6 +49,8 @@ class Session:
     model: BaseAlgorithm
     evaluator: Evaluator
     teacher: Teacher | None
+    evaluation_teacher: Teacher | None
+    """Another one of the same kind, so that evaluations do not change the noise of the labels in training."""
     folder: Path
     resumed_at: int | None
     """Timesteps at which training goes on; None for a new run."""
@@ -123,7 +125,6 @@ def build(args: dict[str, Any], config: RunConfig, resume: runs.SavedRun | None,
     """
     algo = find_algo(args["algo"])
     device = check_device(args["device"])
-    # Once for training and once for evaluation, so that evaluations do not change the noise of the labels in training.
     with ExitStack() as closing:
         teachers: list[Teacher | None] = [None, None]
         if config.teacher:
@@ -150,7 +151,7 @@ def build(args: dict[str, Any], config: RunConfig, resume: runs.SavedRun | None,
         closing.callback(evaluator.close)
         folder = resume.folder if resume else runs.create_run_folder(args["log_folder"], args["algo"], args["env"])
         resumed_at = model.num_timesteps if resume else None
-        session = Session(args, config, model, evaluator, teachers[0], folder, resumed_at, ExitStack())
+        session = Session(args, config, model, evaluator, teachers[0], teachers[1], folder, resumed_at, ExitStack())
         _describe(session, argv)
         model.set_logger(_logger(session))
         session.closing = closing.pop_all()

@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from rpd_sb3 import runs
+from rpd_sb3.agreement import measure_agreement
 from rpd_sb3.artifacts import learning_curve, record_video
 from rpd_sb3.callbacks import CheckpointCallback, EvalSuccessCallback, ProgressCallback
 from rpd_sb3.cli import Interrupt
-from rpd_sb3.evaluation import EvalResult, student_actor
+from rpd_sb3.evaluation import EvalResult, describe
+from rpd_sb3.measurements import student_bytes, student_latency, student_parameters
 from rpd_sb3.session import Session
+from rpd_sb3.teachers import TeacherError
 
 
 class Trainer:
@@ -32,6 +34,8 @@ class Trainer:
         self._wall = 0.0
         self._evaluation_s = 0.0
         self._complete = False
+        self._agreement: dict[str, Any] | None = None
+        self._latency: dict[str, Any] | None = None
 
     def run(self, interrupt: Interrupt) -> int:
         """Train, evaluate, write everything down; the name of the run folder is the last line on stdout.
@@ -93,15 +97,22 @@ class Trainer:
                 runs.save_model(model, self.last_model)
 
     def _finish(self) -> None:
-        """The last evaluation, and the video."""
+        """The last evaluation, and what the report tells of student and teacher."""
         self.evaluation.act()
         self._complete = True
-        session = self.session
-        if session.args["video"]:
-            actor = student_actor(session.model)
-            problem = record_video(session.folder / "video.mp4", actor, session.env_id, session.config.env_kwargs)
-            if problem:
-                print(f"no video: {problem}")
+        session, teacher = self.session, self.session.evaluation_teacher
+        self._latency = student_latency(session.model)
+        if teacher is not None:
+            try:
+                self._agreement = measure_agreement(session.evaluator, session.model)
+            except TeacherError as error:
+                print(f"no agreement: {error}", flush=True)
+        session.evaluator.close()  # its environments are not needed any more, and take memory
+        for name, player in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
+            if session.args["video"] and player is not None:
+                problem = record_video(session.folder / name, player, session.env_id, session.config.env_kwargs)
+                if problem:
+                    print(f"no {name}: {problem}", flush=True)
 
     def _write_down(self) -> None:
         """Write down what there is; also after an interruption."""
@@ -122,6 +133,8 @@ class Trainer:
         steps = model.num_timesteps - self._start_steps
         vec_teacher = session.vec_teacher
         queries = None if vec_teacher is None else vec_teacher.n_labels
+        spec = None if session.teacher is None else session.teacher.spec
+        label_time = None if vec_teacher is None else vec_teacher.label_time
         last = self.evaluation.last
         return {
             "algo": session.args["algo"],
@@ -138,6 +151,14 @@ class Trainer:
             "teacher_queries": queries,
             "labels_per_transition": queries / steps if queries is not None and steps else None,
             "student_parameters": student_parameters(model),
+            "student_bytes": student_bytes(model),
+            "teacher_parameters": None if spec is None else spec.n_parameters,
+            "teacher_bytes": None if spec is None else spec.n_bytes,
+            "latency_ms": self._latency,
+            "teacher_latency_ms": None
+            if label_time is None
+            else {"median": round(1000 * label_time.per_label, 4), "batch": label_time.batch},
+            "agreement": self._agreement,
         }
 
     @property
@@ -153,21 +174,7 @@ class Trainer:
         print(f"teacher {session.teacher.spec.name}: {describe(self.teacher)}", flush=True)
         obs = session.config.env_kwargs.get("obs", "state")
         if obs == "state" and any(name.startswith("images.") for name in session.teacher.spec.inputs):
-            session.evaluator.drop_teacher()  # the student's evaluations need not render
+            session.evaluator.show_teacher(False)  # the student's evaluations need not render
 
     def _report(self, timesteps: int, result: EvalResult) -> None:
         print(f"{timesteps:>10,} steps: {describe(result)}", flush=True)
-
-
-def describe(result: EvalResult) -> str:
-    """A result in one line."""
-    text = f"return {result.mean_return:.2f}, length {result.mean_length:.1f}"
-    if result.success_once is None or result.ci95 is None or result.success_at_end is None:
-        return text
-    low, high = result.ci95
-    return f"success {result.success_once:.0%} [{low:.0%}, {high:.0%}], at end {result.success_at_end:.0%}, {text}"
-
-
-def student_parameters(model: BaseAlgorithm) -> int:
-    """Number of weights of the policy, value function included."""
-    return sum(parameter.numel() for parameter in model.policy.parameters())

@@ -58,7 +58,9 @@ class OctoModel:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.params: dict[str, Any] = {}
+        self.params: dict[str, Any] = {
+            "octo_transformer": {"kernel": np.zeros((3, 4), np.float32), "bias": np.zeros(4, np.float16)}
+        }
         self.config: dict[str, Any] = {"dataset_kwargs": {"action_proprio_normalization_type": "normal"}}
         self.text_processor: Any = TextProcessor()
         self.dataset_statistics: Any = {"action": STATISTICS}

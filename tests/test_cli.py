@@ -104,6 +104,7 @@ def test_run_leaves_everything_behind(logs: Path, teacher_file: Path, capsys: py
         "result.json",
         "learning_curve.png",
         "video.mp4",
+        "teacher_video.mp4",
     }
     config = yaml.safe_load((folder / "config.yml").read_text())
     assert config["n_steps"] == 16
@@ -132,10 +133,57 @@ def test_result(logs: Path, teacher_file: Path) -> None:
     assert 0 < result["evaluation_s"] < result["wall_s"]
 
 
+def test_result_says_what_student_and_teacher_cost(logs: Path, teacher_file: Path) -> None:
+    assert train.main(rpd(logs, teacher_file)) == 0
+    result = result_of(logs / "rpd_ppo" / "tests.tiny_env-Tiny-v0_1")
+    assert result["teacher_parameters"] == result["student_parameters"] == 67  # the same network
+    assert result["teacher_bytes"] == result["student_bytes"] == 4 * 67
+    assert 0 < result["latency_ms"]["median"] <= result["latency_ms"]["p95"]
+    assert result["teacher_latency_ms"]["median"] > 0
+    assert result["teacher_latency_ms"]["batch"] == 2  # environments
+
+
+def test_result_says_how_near_the_student_is_to_its_teacher(logs: Path, teacher_file: Path) -> None:
+    assert train.main(rpd(logs, teacher_file)) == 0
+    agreement = result_of(logs / "rpd_ppo" / "tests.tiny_env-Tiny-v0_1")["agreement"]
+    assert (agreement["n_episodes"], agreement["n_observations"]) == (3, 30)
+    assert len(agreement["mean_abs_difference"]) == len(agreement["correlation"]) == 1
+    assert abs(agreement["bias"][0]) <= agreement["mean_abs_difference"][0]
+
+
+def test_film_that_fails_is_one_line_and_no_loss(
+    logs: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def render(self: TinyEnv) -> Any:
+        raise RuntimeError("no\nrenderer")
+
+    monkeypatch.setattr(TinyEnv, "render", render)
+    assert train.main([word for word in rpd(logs, teacher_file, n=32) if word != "--no-video"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:-1] == ["no video.mp4: no renderer", "no teacher_video.mp4: no renderer"]
+    assert result_of(Path(lines[-1]))["complete"] is True
+
+
+def test_teacher_that_dies_after_the_training_costs_the_agreement_only(
+    logs: Path,
+    teacher_file: Path,
+    teachers: list[CountingTeacher],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(CountingTeacher, "patience", 17)  # 1 + 16 while training; 10 in its own episodes, then 10 more
+    assert train.main(rpd(logs, teacher_file, n=32)) == 0
+    assert "no agreement: the teacher is dead" in capsys.readouterr().out
+    result = result_of(logs / "rpd_ppo" / "tests.tiny_env-Tiny-v0_1")
+    assert (result["complete"], result["agreement"]) == (True, None)
+    assert result["latency_ms"]["median"] > 0
+
+
 def test_result_without_a_teacher(logs: Path) -> None:
     assert train.main(ppo(logs)) == 0
     result = result_of(logs / "ppo" / "tests.tiny_env-Tiny-v0_1")
     assert (result["teacher"], result["teacher_queries"], result["labels_per_transition"]) == (None, None, None)
+    assert (result["teacher_parameters"], result["teacher_latency_ms"], result["agreement"]) == (None, None, None)
 
 
 def test_evaluations_are_at_their_steps_and_at_the_end(logs: Path) -> None:
@@ -409,7 +457,7 @@ def test_teacher_that_fails_ends_the_run_but_not_the_model(
 def test_evaluation_asks_a_teacher_of_its_own(logs: Path, teacher_file: Path, teachers: list[CountingTeacher]) -> None:
     """Otherwise the noise of its labels would depend on the evaluations."""
     assert train.main(rpd(logs, teacher_file, "--eval-freq", "16", n=64)) == 0
-    assert [teacher.queries for teacher in teachers] == [1 + 32, 10]
+    assert [teacher.queries for teacher in teachers] == [1 + 32, 10 + 10]  # the latter: its own episodes, agreement
 
 
 def test_ctrl_c_saves_what_there_is(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = "rpd_sb3"
 ROOT = Path(__file__).parent.parent / PACKAGE
 FILES = sorted(ROOT.rglob("*.py"))
-CLIS = {"collect", "train", "evaluate", "export", "serve", "report", "doctor"}
+CLIS = {"collect", "train", "evaluate", "enjoy", "export", "serve", "report", "doctor"}
 FOR_ALL = {"names", "bins"}
 MAX_LINES = 300
 
@@ -30,6 +30,7 @@ ALLOWED = {
     "students": set(),
     "envs": {"teachers.base", "teachers.privileged"},
     "warm_start": set(),
+    "reporting": {"evaluation", "runs", "config"},
     "training_log": set(),
     "on_policy": {"augmentation", "losses", "buffers", "envs.teacher_access", "teachers.base", "training_log"},
     "algos": {

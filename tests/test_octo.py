@@ -57,6 +57,7 @@ def test_spec_says_what_the_teacher_takes_and_gives(checkpoint: str) -> None:
     assert spec.action_space.shape == (7,)
     assert (spec.gripper, spec.rotation, spec.control_mode) == ("0..1", "euler_xyz", "pd_ee_delta_pose")
     assert not spec.stateful
+    assert (spec.n_parameters, spec.n_bytes) == (3 * 4 + 4, 3 * 4 * 4 + 4 * 2)
     assert spec_from_json(spec_to_json(spec)) == spec
 
 

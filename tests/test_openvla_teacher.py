@@ -178,6 +178,8 @@ def test_a_teacher_can_be_closed_twice(folder: Path) -> None:
 def test_a_spec_with_bounds_survives_the_protocol(folder: Path) -> None:
     made = make(folder, rotation_sign=-1, gripper="0..1")
     assert spec_from_json(spec_to_json(made.spec)) == made.spec
+    assert made.spec.n_parameters == sum(parameter.numel() for parameter in made._model.parameters())
+    assert made.spec.n_bytes == 4 * made.spec.n_parameters
     made.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -348,10 +349,22 @@ def test_spec_survives_json(spec: TeacherSpec) -> None:
     assert spec_from_json(json.loads(json.dumps(spec_to_json(spec), allow_nan=False))) == spec
 
 
+def test_sizes_of_a_teacher_are_known_if_both_peers_know_them() -> None:
+    content = spec_to_json(replace(full_spec(), n_parameters=7, n_bytes=14))
+    assert (spec_from_json(content).n_parameters, spec_from_json(content).n_bytes) == (7, 14)
+    del content["n_parameters"], content["n_bytes"]  # an older service
+    assert (spec_from_json(content).n_parameters, spec_from_json(content).n_bytes) == (None, None)
+
+
+def test_replicas_may_keep_their_weights_in_different_precision() -> None:
+    assert replace(full_spec(), n_bytes=14) == replace(full_spec(), n_bytes=28)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"labels": None},
+        {"n_parameters": "many"},
         {"action_space": {"type": "Box"}},
         {"action_space": {"type": "Sphere"}},
         {"action_space": {"type": "Box", "low": [1], "high": [0], "shape": [2], "dtype": "float32"}},

@@ -296,3 +296,26 @@ def test_teacher_wrapper_labels_the_observation_acted_on() -> None:
         np.testing.assert_array_equal(info["teacher_action"], acted_on[1:3])
         if terminated:
             obs, _ = env.reset()
+
+
+def test_time_of_a_label_is_that_of_a_query_over_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(EchoTeacher):
+        """Takes 8 s, then 4 s, then 2 s, on a clock of its own."""
+
+        clock, seconds = 0.0, [8.0, 4.0, 2.0]
+
+        def submit(self, query: Query) -> Future[Labels]:
+            answer: Future[Labels] = Future()
+            Slow.clock += self.seconds[len(self.queries)] if query.actions is not None else 100.0
+            answer.set_result(self.label(query))
+            return answer
+
+    monkeypatch.setattr(labels.time, "monotonic", lambda: Slow.clock)
+    venv = VecTeacher(DummyVecEnv([CountingEnv] * 4), Slow())
+    assert venv.label_time is None
+    venv.reset()
+    for _ in range(3):
+        venv.step(np.zeros((4, 2), np.float32))
+    assert venv.label_time == (1.0, 4)
+    venv.label()  # nobody steps meanwhile
+    assert venv.label_time == (1.0, 4)

@@ -70,11 +70,19 @@ class PendingLabels:
     :param query: n questions; nobody else writes to its arrays
     :param failure: what to do without an answer
     :param adapt: converts the labels to the environment's conventions
+    :param on_answer: gets the seconds that an answer took, in the thread that brings it
     """
 
-    def __init__(self, teacher: Teacher, query: Query, failure: Failure, adapt: Callable[[Labels], Labels]) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        query: Query,
+        failure: Failure,
+        adapt: Callable[[Labels], Labels],
+        on_answer: Callable[[float], None] | None = None,
+    ) -> None:
         self.latency: float | None = None
-        self._adapt = adapt
+        self._adapt, self._on_answer = adapt, on_answer
         self._teacher, self._failure = teacher, failure
         self._query: Query | None = query
         self._spec, self._n = teacher.spec, len(query.env_ids)
@@ -86,7 +94,9 @@ class PendingLabels:
         asked = time.monotonic()
 
         def answered(future: Future[Labels]) -> None:
-            self.latency = time.monotonic() - asked
+            self.latency = seconds = time.monotonic() - asked
+            if self._on_answer is not None and not future.cancelled() and future.exception() is None:
+                self._on_answer(seconds)
             if future.cancelled() or future.exception() is None or self._failure.mode != "wait":
                 self._query = None  # a rollout of images would not fit into memory
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
@@ -13,6 +14,15 @@ from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.labels import ON_FAILURE, Failure, LazyLabel, PendingLabels, check_label_fraction
 from rpd_sb3.envs.views import check_spec, find_instructions, student_keys, student_space, student_view, teacher_view
 from rpd_sb3.teachers.base import Labels, Query, Teacher
+
+
+class LabelTime(NamedTuple):
+    """How long the teacher takes while training."""
+
+    per_label: float
+    """Seconds of a query over its labels, median over the last queries."""
+    batch: int
+    """Labels of a query, median."""
 
 
 class VecTeacher(VecEnvWrapper):
@@ -71,6 +81,7 @@ class VecTeacher(VecEnvWrapper):
         self._failure = Failure(on_failure, timeout, patience)
         self._wait = wait
         self._n_queries = 0
+        self._times: deque[tuple[float, int]] = deque(maxlen=1000)  # seconds and labels of the last queries
         self._rng = np.random.default_rng(seed)
         self._student_keys = student_keys(venv.observation_space)
         self._inputs: dict[str, np.ndarray] = {}
@@ -84,6 +95,14 @@ class VecTeacher(VecEnvWrapper):
     def label_latency(self) -> float | None:
         """Seconds that the last answered query took; None before the first answer."""
         return None if self._pending is None else self._pending.latency
+
+    @property
+    def label_time(self) -> LabelTime | None:
+        """What the queries of the steps took; None before the first answer."""
+        times = np.array(self._times)
+        return (
+            LabelTime(float(np.median(times[:, 0] / times[:, 1])), int(np.median(times[:, 1]))) if len(times) else None
+        )
 
     def set_label_fraction(self, fraction: float) -> None:
         """Change the share of transitions to label from the next step on; 0 asks nothing.
@@ -162,4 +181,6 @@ class VecTeacher(VecEnvWrapper):
         )
         self._n_queries += 1
         self.n_labels += len(rows)
-        return PendingLabels(self.teacher, query, self._failure, self.adapter)
+        # label() is left out: nobody steps meanwhile, and the first one warms the teacher up
+        note = None if actions is None else lambda seconds: self._times.append((seconds, len(rows)))
+        return PendingLabels(self.teacher, query, self._failure, self.adapter, note)

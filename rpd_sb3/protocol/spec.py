@@ -13,6 +13,8 @@ from rpd_sb3.protocol.tensors import ProtocolError
 from rpd_sb3.teachers.base import TeacherSpec
 
 _PLAIN = ("name", "control_mode", "env_id", "stateful", "n_bins", "gripper", "rotation", "rotation_sign", "unnorm_key")
+_OPTIONAL = ("n_parameters", "n_bytes")
+"""Fields that an older peer neither sends nor reads, and that nothing depends on."""
 ASKERS_INPUTS = {"env_id": "INT64", "episode_start": "BOOL", "action": "FP32", "action_tokens": "INT64"}
 """What every query may carry besides the teacher's inputs; teachers with a memory need the first two."""
 
@@ -47,7 +49,7 @@ def metadata(spec: TeacherSpec, name: str, version: str, **extra: Any) -> dict[s
 def spec_to_json(spec: TeacherSpec) -> dict[str, Any]:
     """A spec as JSON values."""
     return {
-        **{key: getattr(spec, key) for key in _PLAIN},
+        **{key: getattr(spec, key) for key in _PLAIN + _OPTIONAL},
         "labels": sorted(spec.labels),
         "inputs": list(spec.inputs),
         "action_space": space_to_json(spec.action_space),
@@ -71,9 +73,15 @@ def spec_from_json(content: Mapping[str, Any]) -> TeacherSpec:
             input_shapes={key: tuple(map(int, shape)) for key, shape in content["input_shapes"].items()},
             token_bounds=_bounds(content["token_bounds"]),
             **{key: content[key] for key in _PLAIN},
+            n_parameters=_count(content.get("n_parameters")),
+            n_bytes=_count(content.get("n_bytes")),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, AssertionError) as error:
         raise ProtocolError(f"the teacher's spec cannot be read: {error!r}") from error
+
+
+def _count(content: Any) -> int | None:
+    return None if content is None else int(content)
 
 
 def _bounds(content: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

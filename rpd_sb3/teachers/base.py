@@ -90,6 +90,10 @@ class TeacherSpec:
     """-1 if the environment turns the other way: dimensions 3 to 5 of an action are to be negated."""
     token_bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """The actions (in the teacher's own convention) that the ends of the bins stand for; None: -1 and 1."""
+    n_parameters: int | None = field(default=None, compare=False)
+    """Weights of its network, for reports; None: it has none, or does not know. Replicas may differ in it."""
+    n_bytes: int | None = field(default=None, compare=False)
+    """What they take in memory."""
 
 
 @runtime_checkable

@@ -66,6 +66,8 @@ class SB3Teacher(LocalTeacher):
             model.action_space,
             image_sizes=sizes,
             input_shapes={key: tuple(s.shape or ()) for key, s in given.items() if not key.startswith("images.")},
+            n_parameters=sum(parameter.numel() for parameter in model.policy.parameters()),
+            n_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.policy.parameters()),
         )
 
     def label(self, query: Query) -> Labels:

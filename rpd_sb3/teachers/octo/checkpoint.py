@@ -6,7 +6,7 @@ Shape letter: A = 7 action dimensions.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,15 @@ class Checkpoint(NamedTuple):
     """Actions of one chunk."""
     image_sizes: Mapping[str, tuple[int, int]]
     """``image_primary`` and the like to (H, W)."""
+
+
+def weights(params: Mapping[str, Any]) -> Iterator[Any]:
+    """All arrays of a model's ``params``, however deep."""
+    for value in params.values():
+        if isinstance(value, Mapping):
+            yield from weights(value)
+        else:
+            yield value
 
 
 def load_checkpoint(path: str, step: int | None) -> Checkpoint:

@@ -20,6 +20,7 @@ from rpd_sb3.teachers.octo.checkpoint import (
     action_statistics,
     is_deterministic,
     load_checkpoint,
+    weights,
 )
 from rpd_sb3.teachers.octo.memory import Memory, Plan, window
 from rpd_sb3.teachers.octo.sampler import Sampler
@@ -107,6 +108,8 @@ class OctoTeacher(LocalTeacher):
             rotation=rotation,
             rotation_sign=rotation_sign,
             unnorm_key=unnorm_key,
+            n_parameters=sum(array.size for array in weights(checkpoint.model.params)),
+            n_bytes=sum(array.nbytes for array in weights(checkpoint.model.params)),
         )
         self._sampler = Sampler(checkpoint.model, n_samples, batch_sizes, seed)
         if warm_up:

@@ -114,6 +114,8 @@ class OpenVLATeacher(LocalTeacher):
             rotation_sign=rotation_sign,
             unnorm_key=statistics.key,
             token_bounds=(statistics.low, statistics.high),
+            n_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            n_bytes=sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters()),
         )
 
     @th.inference_mode()

@@ -1,0 +1,122 @@
+"""Watch a student or a teacher, or film it: ``python -m rpd_sb3.enjoy --run logs/rpd_ppo/PickCube-v1_1 --record pick.mp4``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rpd_sb3.cli import (
+    RUN_ERROR,
+    Interrupt,
+    Parser,
+    check_at_least,
+    check_training_side,
+    print_error,
+    run_command,
+    whole_number,
+)
+
+
+def make_parser() -> Parser:
+    """Every flag."""
+    parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
+    add = parser.add_argument
+    add("--run", metavar="RUN_DIR", help="watch the student of a run")
+    add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
+    add("--teacher", help="watch a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
+    add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
+    add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run]")
+    add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment [those of the run]")
+    add("-n", "--n-episodes", type=whole_number, default=5, metavar="N", help="[5]")
+    add(
+        "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
+    )
+    add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
+    add("--record", metavar="FILE", help="film it, as .mp4 or .gif, instead of showing a window")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play, and return the exit code: 2 for a mistake of the user's, 1 if playing failed, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda: Job(check(argv)))
+
+
+def check(argv: Sequence[str]) -> Any:
+    """The command line, as far as it can be checked by itself.
+
+    :raises ValueError: with what is wrong
+    """
+    check_training_side()
+    args = make_parser().parse_args(argv)
+    check_at_least(vars(args), {"n_episodes": 1, "seed": 0})
+    if args.record is not None and not Path(args.record).absolute().parent.is_dir():
+        raise ValueError(
+            f"--record {args.record}: folder {str(Path(args.record).parent)!r} does not exist; make it first"
+        )
+    from rpd_sb3.players import check_player
+
+    check_player(args)
+    return args
+
+
+class Job:
+    """Somebody on a stage, and somebody who looks.
+
+    :param args: of :func:`check`
+    :raises ValueError: for any mistake of the user's
+    :raises TeacherError: if a teacher service does not answer
+    """
+
+    def __init__(self, args: Any) -> None:
+        from rpd_sb3.players import open_player
+        from rpd_sb3.stage import Film, Stage, Window
+
+        self.args = args
+        with ExitStack() as closing:
+            look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
+            self.player = open_player(args, closing)
+            stage = Stage(self.player.env_id, self.player.env_kwargs, self.player.player, look)
+            self.stage = closing.enter_context(stage)
+            self._closing = closing.pop_all()
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Play the episodes, and say how each one went."""
+        from rpd_sb3.evaluation import describe, summarise
+
+        print(f"{self.player.name} on {self.player.env_id}", flush=True)
+        episodes = []
+        try:
+            for i in range(self.args.n_episodes):
+                episode = self.stage.play(self.args.seed + i)
+                episodes.append(episode)
+                print(f"episode {i + 1}, seed {self.args.seed + i}: {in_words(episode)}", flush=True)
+        except (ValueError, OSError) as error:
+            print_error(error)
+            return RUN_ERROR
+        print(f"{len(episodes)} episodes: {describe(summarise(episodes))}")
+        if self.args.record is not None:
+            self._closing.close()  # the film ends here
+            print(f"{self.args.record} {Path(self.args.record).stat().st_size / 1e6:.1f} MB")
+        return 0
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def in_words(episode: Any) -> str:
+    """How one episode went, in a line.
+
+    :param episode: an :class:`rpd_sb3.evaluation.Episode`
+    """
+    success = {None: "", True: "success, ", False: "no success, "}[episode.once]
+    if episode.once and not episode.at_end:
+        success = "success, lost again, "
+    return f"{success}length {episode.length}, return {episode.ret:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
