@@ -61,6 +61,7 @@ class OnPolicyDistillation(PPO):
     :param label_fraction: share of transitions to label
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
+    :param replay_batch_size: pairs drawn from it for each minibatch; None: as many as the minibatch has
     :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.augmentation`)
     :param ppo_coef: weight of the surrogate
     :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
@@ -83,6 +84,7 @@ class OnPolicyDistillation(PPO):
         reward_learning_rate: float | None = None,
         label_fraction: float = 1.0,
         label_replay: int = 0,
+        replay_batch_size: int | None = None,
         image_shift: int = 0,
         ppo_coef: float = 1.0,
         clip_range_high: float | None = None,
@@ -96,6 +98,8 @@ class OnPolicyDistillation(PPO):
             f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
             f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
             f"label_replay={label_replay} must not be negative": label_replay >= 0,
+            f"replay_batch_size={replay_batch_size} must be positive": replay_batch_size is None
+            or replay_batch_size > 0,
             f"image_shift={image_shift} must not be negative": image_shift >= 0,
             f"ppo_coef={ppo_coef} must not be negative": ppo_coef >= 0,
             f"clip_range_high={clip_range_high} must be positive": (clip_range_high or 1) > 0,
@@ -110,12 +114,10 @@ class OnPolicyDistillation(PPO):
         self.reward_learning_rate = reward_learning_rate
         self.label_fraction = label_fraction
         self.label_replay = label_replay
-        self.image_shift = image_shift
+        self.replay_batch_size, self.image_shift = replay_batch_size, image_shift
         self.ppo_coef = ppo_coef
-        self.clip_range_high = clip_range_high
-        self.advantage_std_floor = advantage_std_floor
-        self._current_distill_coef = 0.0
-        self._handed_over = False
+        self.clip_range_high, self.advantage_std_floor = clip_range_high, advantage_std_floor
+        self._current_distill_coef, self._handed_over = 0.0, False
         if _init_setup_model:
             self._check_teacher()
             self._setup_model()
@@ -153,19 +155,19 @@ class OnPolicyDistillation(PPO):
         return self.ppo_coef
 
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
-        """What the imitation term is computed on: the minibatch, or as many pairs from the label replay."""
+        """What the imitation term is computed on: the minibatch, or pairs from the label replay."""
         replays = self.label_replay_buffer is not None and self.label_replay_buffer.size > 0
         if not replays and self.image_shift == 0:
             return Imitation(student.distribution, batch.labels, batch.labelled)
         obs, actions, targets, labelled = batch.observations, batch.actions, batch.labels, batch.labelled
         if replays:
-            observations, labels = self.label_replay_buffer.sample(len(labelled))  # type: ignore[union-attr]
+            observations, labels = self.label_replay_buffer.sample(self.replay_batch_size or len(labelled))  # type: ignore[union-attr]
             targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
             obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
-            labelled = th.ones_like(labelled)
+            labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
         obs = shifted_images(obs, self.observation_space, self.image_shift)
         tokens = hasattr(self.policy, "distribution_on")  # each depends on those before it
-        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator,arg-type]
+        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator]
         return Imitation(distribution, targets, labelled)
 
     def _check_teacher(self) -> None:

@@ -85,9 +85,7 @@ def resolve_config(args: dict[str, Any]) -> RunConfig:
     :raises ValueError: for anything that cannot be right
     """
     algo = find_algo(args["algo"])
-    env_kwargs = parse_pairs(args["env_kwargs"], "--env-kwargs")
-    if args["obs"] is not None:
-        env_kwargs["obs"] = args["obs"]
+    env_kwargs = parse_pairs(args["env_kwargs"], "--env-kwargs") | ({"obs": args["obs"]} if args["obs"] else {})
     path = Path(args["conf_file"]) if args["conf_file"] else find_config(args["algo"])
     asked = [str(env_kwargs[key]) for key in ("obs", "reward") if env_kwargs.get(key) not in (None, "state")]
     section = load_section(path, args["env"], asked=asked, section=args["section"])

@@ -82,7 +82,7 @@ class CompactCNN(BaseFeaturesExtractor):
         # Images decide: convolutions follow their layout, and orthogonal initialisation knows only contiguous weights.
         image = parts[self._image].contiguous(memory_format=th.channels_last)
         vectors = [norm(parts[key]) for key, norm in self.norms.items()]
-        return th.cat([self.encoder(image), *vectors], dim=1)
+        return th.cat([self.encoder(image - 0.5), *vectors], dim=1)  # around zero: from 0 to 1 it learns more slowly
 
 
 class PaperCnnPolicy(ActorCriticCnnPolicy):
@@ -100,7 +100,7 @@ class PaperCnnPolicy(ActorCriticCnnPolicy):
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space, lr_schedule: Schedule, **kwargs: Any
     ) -> None:
-        paper = {
+        paper: dict[str, Any] = {
             "net_arch": {"pi": [512], "vf": [512]},
             "activation_fn": nn.ReLU,
             "log_std_init": -0.5,
