@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,11 +165,18 @@ class Evaluator:
         return self.evaluate(student_actor(model))
 
     def teacher(self) -> EvalResult:
-        """Evaluate the teacher.
+        """Evaluate the teacher; images that only the student looks at are not rendered.
 
         :raises TeacherError: if it does not answer
         """
-        return self.evaluate(teacher_actor(self.venv))
+        assert self._teacher is not None
+        looks = any(name.startswith("images.") for name in self._teacher.spec.inputs)
+        if looks or self._options.get("obs", "state") == "state":
+            return self.evaluate(teacher_actor(self.venv))
+        options = self._options | {"obs": "state"}
+        same: dict[str, Any] = {"n_episodes": self.n_episodes, "seed": self.seed, "n_envs": self._n_envs}
+        with closing(Evaluator(self._env_id, options, **same, vec_env=self._vec_env, teacher=self._teacher)) as blind:
+            return blind.teacher()
 
     def evaluate(self, act: Actor, n_episodes: int | None = None) -> EvalResult:
         """Play the episodes.

@@ -19,7 +19,14 @@ from stable_baselines3.common.logger import Logger
 
 from rpd_sb3.callbacks import EvalSuccessCallback
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.evaluation import EvalResult, Evaluator, student_actor, untouched_rng, wilson_interval
+from rpd_sb3.evaluation import (
+    EvalResult,
+    Evaluator,
+    student_actor,
+    teacher_actor,
+    untouched_rng,
+    wilson_interval,
+)
 from rpd_sb3.teachers import make_teacher
 from tests.helpers import EchoTeacher
 from tests.tiny_env import TINY, TinyEnv
@@ -250,3 +257,19 @@ def test_maniskill_episodes_go_on_after_success() -> None:
     teacher.close()
     assert (result.success_once, result.success_at_end, result.mean_length) == (1.0, 1.0, 50.0)
     assert 1 < result.mean_return < 50
+
+
+def test_teacher_without_images_is_evaluated_without_rendering() -> None:
+    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)
+    evaluator = Evaluator(
+        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
+    )
+    with_images = evaluator.evaluate(teacher_actor(evaluator.venv))
+    evaluator.close()
+    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)  # its noise from the start
+    evaluator = Evaluator(
+        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
+    )
+    without = evaluator.teacher()
+    np.testing.assert_array_equal(without.returns, with_images.returns)
+    assert evaluator._venv is None, "the student's environments were not even made"
