@@ -17,7 +17,7 @@ from harness import Cell, Record, load, mean_and_range, run
 
 RESULTS = Path(__file__).parent / "results" / "pixels.json"
 TASKS = ("PushCube-v1", "PullCube-v1", "PickCube-v1")
-STEPS = 25_000
+STEPS = 16_000
 
 
 def cell(algo: str, task: str, seed: int) -> Cell:

@@ -235,6 +235,8 @@ def test_target_kl_stops_surrogate_and_entropy_bonus() -> None:
         ({"distill_coef": float("nan")}, "distill_coef=nan must not be negative"),
         ({"label_fraction": 0.0}, r"label_fraction=0.0 must lie in \(0, 1\]"),
         ({"label_replay": -1}, "label_replay=-1 must not be negative"),
+        ({"replay_batch_size": 0}, "replay_batch_size=0 must be positive"),
+        ({"image_shift": -1}, "image_shift=-1 must not be negative"),
         ({"advantage_std_floor": -0.1}, "advantage_std_floor=-0.1 must not be negative"),
         ({"loss": "kl"}, "loss='kl' is unknown; choose one of mse, l1, bc"),
     ],

@@ -13,7 +13,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rpd_sb3.algos import RPD
+from rpd_sb3.augmentation import random_shift
 from rpd_sb3.envs import VecTeacher
+from rpd_sb3.students import CompactCNN
 from rpd_sb3.teachers import Query
 from tests.helpers import ACTION_SPACE, EchoTeacher
 
@@ -99,6 +101,43 @@ def test_images_and_dicts_are_distilled(policy: str, obs: str) -> None:
     untrained = RPD(policy, model.env, **SETTINGS)
     assert error(model, obs) < 0.12
     assert error(untrained, obs) > 0.2
+
+
+def test_the_compact_cnn_learns_from_images_and_dicts() -> None:
+    compact = {"log_std_init": -1.0, "features_extractor_class": CompactCNN}
+    for policy, obs in (("CnnPolicy", "rgb"), ("MultiInputPolicy", "rgb+state")):
+        model = train(RPD, policy, obs, steps=768, learning_rate=1e-3, policy_kwargs=compact)
+        assert error(model, obs) < 0.15
+
+
+def imitate(**kwargs: Any) -> tuple[RPD, Any, Any]:
+    """An untrained model of images, a minibatch of its rollout, and what it imitates there."""
+    model: Any = train(RPD, "CnnPolicy", "rgb", steps=256, n_epochs=1, **kwargs)
+    batch = next(model.rollout_buffer.get(16))
+    with th.no_grad():
+        return model, batch, model.imitation(batch, None)
+
+
+def test_more_can_be_drawn_from_the_replay_than_a_minibatch_has() -> None:
+    for size, drawn in ((None, 16), (40, 40), (4, 4)):
+        _, _, (distribution, labels, labelled) = imitate(replay_batch_size=size)
+        assert distribution.mode().shape == labels["action"].shape == (drawn, 2)
+        assert labelled.shape == (drawn,)
+        assert labelled.all()
+
+
+def test_without_a_replay_the_minibatch_itself_is_shifted() -> None:
+    model, batch, _ = imitate(label_replay=0, image_shift=2)
+    with th.no_grad():
+        th.manual_seed(1)
+        distribution, labels, labelled = model.imitation(batch, None)
+        th.manual_seed(1)
+        expected = model.policy.get_distribution(random_shift(batch.observations, 2))
+        unshifted = model.policy.get_distribution(batch.observations)
+    assert th.equal(distribution.mode(), expected.mode())
+    assert not th.equal(distribution.mode(), unshifted.mode())
+    assert labels is batch.labels
+    assert labelled is batch.labelled
 
 
 def test_a_noisy_teacher_is_averaged_out() -> None:
