@@ -131,6 +131,20 @@ def test_dense_reward_is_shaped() -> None:
     env.close()
 
 
+def test_a_camera_can_be_moved_and_keeps_its_size_and_field_of_view() -> None:
+    from rpd_sb3.envs.maniskill import human_camera
+
+    pose = [*np.array(human_camera("PushCube-v1")["pose"]) + [0, 0, 0.1, 0, 0, 0, 0]]
+    frames = []
+    for override in ({}, {"base_camera": {"pose": pose}}):
+        env = make_env("PushCube-v1", obs="rgb", image_size=84, sensor_configs=override)
+        frames.append(env.reset(seed=0)[0].astype(int))
+        camera = env.unwrapped.scene.sensors["base_camera"].config
+        assert (camera.width, camera.height, camera.fov) == (84, 84, 1)
+        env.close()
+    assert np.abs(frames[0] - frames[1]).mean() > 5
+
+
 def test_images_have_the_asked_size_and_show_the_goal_marker() -> None:
     env = make_env("PickCube-v1", obs="rgb+state", image_size=128)
     assert env.observation_space["rgb"] == spaces.Box(0, 255, (128, 128, 3), np.uint8)  # type: ignore[index]

@@ -89,7 +89,8 @@ def make_maniskill(
     :param reward: ``sparse`` (1 on success, else 0) or ``dense`` (ManiSkill's normalized_dense)
     :param control_mode: name of a ManiSkill controller
     :param render_mode: Gymnasium's; ``rgb_array`` for videos
-    :param sensor_configs: overrides for ManiSkill's cameras, on top of those of ``view``
+    :param sensor_configs: overrides for ManiSkill's cameras, on top of those of ``view``: ``{base_camera: {pose: [...]}}``
+        moves the one that is looked through, and keeps its field of view and size
     :param env_kwargs: further arguments of the ManiSkill environment
     """
     if env_id == "StackCube-v1":
@@ -99,7 +100,8 @@ def make_maniskill(
         base_camera = {"width": view.render_size, "height": view.render_size}
         if view.camera == "human":
             base_camera |= human_camera(env_id)
-        sensor_configs = {"base_camera": base_camera} | (sensor_configs or {})
+        given = sensor_configs or {}
+        sensor_configs = given | {"base_camera": base_camera | given.get("base_camera", {})}
     with torch.inference_mode():
         env = gym.make(
             env_id,
