@@ -60,13 +60,11 @@ action = policy({example})
 """,
     "torch": """\
 # pip install numpy torch=={torch}
-import numpy as np
 import torch
 
 policy = torch.export.load("policy.pt2").module()
-observation = {batch}
 with torch.no_grad():
-    action = policy(observation){first}
+    {outputs} = policy({batch})
 """,
     "safetensors": """\
 # pip install rpd_sb3
@@ -145,12 +143,12 @@ def snippet(manifest: dict[str, Any]) -> str:
     """Python that loads the policy from its own folder and acts once, on an observation of zeros."""
     specs = manifest["observation"]
     single = {spec["name"]: f"np.zeros({tuple(spec['shape'])}, np.{spec['dtype']})" for spec in specs}
-    batch = {spec["name"]: f"torch.zeros({(1, *spec['shape'])}, dtype=torch.{spec['dtype']})" for spec in specs}
+    batch = [f"torch.zeros({(1, *spec['shape'])}, dtype=torch.{spec['dtype']})" for spec in specs]
     return SNIPPETS[manifest["format"]].format(
         name=manifest["name"],
         example=_literal(single),
-        batch=_literal(batch),
-        first="[0]  # and [1]: the tokens" if manifest["tokens"] else "",
+        batch=", ".join(batch),  # in the order of the manifest
+        outputs="action, tokens" if manifest["tokens"] else "(action,)",
         torch=manifest["versions"]["torch"].partition("+")[0],
     )
 
@@ -159,7 +157,7 @@ _USAGE = {
     "onnx": "One observation or a batch `(n, ...)`; images are uint8, channels last, as a camera gives them. "
     "`python runtime.py` checks the policy on your machine against recorded observations and times it; "
     "`policy.json` holds everything below for programs.",
-    "torch": "A batch `(n, ...)` of observations; images are uint8, channels last, as a camera gives them. "
+    "torch": "Batches `(n, ...)` of each input, in this order; images are uint8, channels last, as a camera gives them. "
     "`policy.json` holds everything below for programs.",
     "safetensors": "One observation or a batch `(n, ...)`; images are uint8, channels last, as a camera gives them. "
     "`policy.json` holds the policy's class, arguments and spaces, and everything below for programs.",

@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from rpd_sb3.bins import Bounds, to_actions
 from rpd_sb3.students import AutoregressivePolicy, TokenPolicy
 
-Observation = th.Tensor | dict[str, th.Tensor]
-
 
 def check_exportable(model: BaseAlgorithm, name: str) -> ActorCriticPolicy:
     """The policy of a model, if it can be a graph without a memory and without chance.
@@ -136,14 +134,18 @@ class DeployablePolicy(nn.Module):
             self.head = _Detokenised(self.head, policy.action_space, bounds)
         self.eval()
 
-    def forward(self, observation: Observation) -> th.Tensor | tuple[th.Tensor, th.Tensor]:
+    def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, ...]:
         """What to do.
 
-        :param observation: uint8 images ``(B, H, W, C)``, other inputs ``(B, ...)``; a mapping if there is more than one
+        :param inputs: in the order of :func:`input_specs`: uint8 images ``(B, H, W, C)``, others ``(B, ...)``. Not a mapping:
+            PyTorch's archives go by its order, whatever its keys are
         :return: actions ``(B, ...)``; with tokens that stand for actions, also those, ``(B, K)``
         """
-        observation = _channels_first(observation, self.observation_space)
-        normalised: Any = preprocess_obs(observation, self.observation_space, normalize_images=self.normalize_images)
+        space = self.observation_space
+        several = isinstance(space, spaces.Dict)
+        observation: Any = dict(zip(input_spaces(space), inputs)) if several else inputs[0]
+        observation = _channels_first(observation, space)
+        normalised: Any = preprocess_obs(observation, space, normalize_images=self.normalize_images)
         return self.head(self.latent(self.features_extractor(normalised)))
 
 
@@ -170,7 +172,10 @@ class _Greedy(nn.Module):
             self.register_buffer("low", th.as_tensor(self.space.low))
             self.register_buffer("high", th.as_tensor(self.space.high))
 
-    def forward(self, latent: th.Tensor) -> th.Tensor:
+    def forward(self, latent: th.Tensor) -> tuple[th.Tensor, ...]:
+        return (self._action(latent),)
+
+    def _action(self, latent: th.Tensor) -> th.Tensor:
         if self.autoregressive:
             tokens, _ = self.action_net.generate(latent, lambda logits: logits.argmax(dim=-1))
             return tokens
@@ -181,10 +186,12 @@ class _Greedy(nn.Module):
             return out.argmax(dim=1)
         if isinstance(self.space, spaces.MultiDiscrete):
             parts = out.split(self.space.nvec.flatten().tolist(), dim=1)
-            return th.stack([part.argmax(dim=1) for part in parts], dim=1)
+            return th.stack([part.argmax(dim=1) for part in parts], dim=1).reshape(-1, *self.space.shape)
         if isinstance(self.space, spaces.MultiBinary):
-            return (out > 0).float()
-        out = out.reshape(-1, *self.space.shape)  # type: ignore[misc]
+            return (out > 0).float().reshape(-1, *self.space.shape)
+        assert isinstance(self.space, spaces.Box)
+        if len(self.space.shape) != 1:
+            out = out.reshape(-1, *self.space.shape)
         if self.squashed:
             return self.low + 0.5 * (out.tanh() + 1.0) * (self.high - self.low)
         return th.minimum(th.maximum(out, self.low), self.high)
@@ -210,8 +217,8 @@ class _Detokenised(nn.Module):
         self.register_buffer("table", th.from_numpy(actions.T.reshape(-1, 1).copy()))
         self.register_buffer("offset", th.arange(n_tokens) * n_bins)
 
-    def forward(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        tokens = self.greedy(latent)
+    def forward(self, latent: th.Tensor) -> tuple[th.Tensor, ...]:
+        (tokens,) = self.greedy(latent)
         return F.embedding(tokens + self.offset, self.table).squeeze(-1), tokens
 
 

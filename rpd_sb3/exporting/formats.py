@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import nn
 
 from rpd_sb3 import runtime
 from rpd_sb3.exporting.deploy import DeployablePolicy
@@ -24,10 +23,8 @@ FILES = {"onnx": runtime.MODEL, "torch": "policy.pt2", "safetensors": "model.saf
 OPSET, IR_VERSION = 18, 8
 """Of ONNX: what onnxruntime 1.14, of 2023, can run already, for robots that are not updated."""
 
-
-def output_names(deployable: DeployablePolicy, specs: list[dict[str, Any]]) -> list[str]:
-    """``action``, and ``tokens`` if the policy gives them."""
-    return ["action", "tokens"][: len(_results(deployable(_example(specs))))]
+OUTPUTS = ("action", "tokens")
+"""Of a policy; the second one only where tokens stand for actions."""
 
 
 def write_onnx(path: Path, deployable: DeployablePolicy, specs: list[dict[str, Any]]) -> None:
@@ -45,7 +42,7 @@ def write_onnx(path: Path, deployable: DeployablePolicy, specs: list[dict[str, A
             program,
             (),
             input_names=[spec["name"] for spec in specs],
-            output_names=output_names(deployable, specs),
+            output_names=list(OUTPUTS[: len(deployable(*_example(specs)))]),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -86,19 +83,17 @@ def write_safetensors(path: Path, policy: ActorCriticPolicy) -> None:
     path.chmod(0o644)  # safetensors lets nobody else read
 
 
-def torch_act(module: Callable[..., Any], names: list[str], single: bool) -> runtime.Act:
+def torch_act(module: Callable[..., Any], specs: list[dict[str, Any]]) -> runtime.Act:
     """Acts with a PyTorch module that takes what a :class:`DeployablePolicy` takes.
 
     :param module: the policy
-    :param names: of its inputs, in order
-    :param single: it takes one array, not a mapping
+    :param specs: of its inputs, in order
     """
 
     def act(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = {name: th.from_numpy(batch[name]) for name in names}
         with th.no_grad():
-            results = _results(module(tensors[names[0]] if single else tensors))
-        return dict(zip(("action", "tokens"), (result.numpy() for result in results)))
+            results = module(*(th.from_numpy(batch[spec["name"]]) for spec in specs))
+        return {name: result.numpy() for name, result in zip(OUTPUTS, results)}
 
     return act
 
@@ -153,24 +148,17 @@ def _is_pickle(content: bytes) -> bool:
 
 def _program(deployable: DeployablePolicy, specs: list[dict[str, Any]]) -> th.export.ExportedProgram:
     """The policy as a graph for batches of any size."""
-    example = _example(specs)
-    dynamic: Any = {0: th.export.Dim("batch", min=1)}
-    shapes = dynamic if isinstance(example, th.Tensor) else dict.fromkeys(example, dynamic)
+    shapes = tuple({0: th.export.Dim("batch", min=1)} for _ in specs)
     with _quiet(), th.no_grad():
-        program = th.export.export(deployable, (example,), dynamic_shapes={"observation": shapes})
+        program = th.export.export(deployable, _example(specs), dynamic_shapes={"inputs": shapes})
     for node in program.graph.nodes:  # where the code lies on this machine is nobody's business
         node.meta.pop("stack_trace", None)
     return program
 
 
-def _example(specs: list[dict[str, Any]]) -> Any:
+def _example(specs: list[dict[str, Any]]) -> tuple[th.Tensor, ...]:
     """A batch of two: PyTorch would take a batch of one for a constant."""
-    arrays = {spec["name"]: th.zeros(2, *spec["shape"], dtype=getattr(th, spec["dtype"])) for spec in specs}
-    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
-
-
-def _results(out: Any) -> tuple[th.Tensor, ...]:
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    return tuple(th.zeros(2, *spec["shape"], dtype=getattr(th, spec["dtype"])) for spec in specs)
 
 
 def _tidy(graph: Any) -> None:
@@ -196,12 +184,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def module_of(deployable: nn.Module, specs: list[dict[str, Any]]) -> runtime.Act:
-    """Acts with a policy that is in memory.
-
-    :param deployable: the policy
-    :param specs: of its inputs
-    """
-    return torch_act(deployable, [spec["name"] for spec in specs], len(specs) == 1)

@@ -32,9 +32,9 @@ def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
     if manifest["format"] not in FILES:
         raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}; known are {', '.join(FILES)}")
     path = runtime.checked_file(folder, manifest, FILES[manifest["format"]])
-    names = [spec["name"] for spec in manifest["observation"]]
+    specs = manifest["observation"]
     if manifest["format"] == "torch":
-        return torch_act(load_torch(path), names, len(names) == 1)
+        return torch_act(load_torch(path), specs)
     tokens = manifest.get("tokens")
     policy = architecture.build(manifest.get("policy"), str(folder / runtime.MANIFEST))
     load_safetensors(path, policy)
@@ -44,7 +44,7 @@ def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
         raise ValueError(
             f"{str(folder / runtime.MANIFEST)!r}: observation and policy are of different shapes; export the run again"
         )
-    return torch_act(DeployablePolicy(policy, tokens is not None, token_bounds(tokens)), names, len(names) == 1)
+    return torch_act(DeployablePolicy(policy, tokens is not None, token_bounds(tokens)), specs)
 
 
 def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
