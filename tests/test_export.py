@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -139,8 +140,7 @@ def test_other_formats_load_here_and_hold_no_pickle(format: str, run: Path, tmp_
 
 
 def test_action_tokens_become_actions(tmp_path: Path) -> None:
-    options = ["--env-kwargs", "tokens:16"]
-    run = make_run(tmp_path / "logs", "policy:AutoregressivePolicy", *options)
+    run = make_run(tmp_path / "logs", "--env-kwargs", "tokens:16", params=["policy:AutoregressivePolicy"])
     folder = run / "export_onnx"
     assert export.main(["--run", str(run)]) == 0
     manifest = manifest_of(folder)
@@ -311,7 +311,10 @@ def test_card_is_one_of_hugging_face(run: Path) -> None:
     assert result.metric_value == pytest.approx(student["success_once"], abs=1e-4)
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch", "safetensors"])
+@pytest.mark.parametrize(
+    "format",
+    ["onnx", pytest.param("torch", marks=pytest.mark.slow), pytest.param("safetensors", marks=pytest.mark.slow)],
+)
 def test_snippet_of_the_card_works(format: str, run: Path, tmp_path: Path) -> None:
     folder = run / "export_onnx"
     if format != "onnx":
@@ -320,7 +323,8 @@ def test_snippet_of_the_card_works(format: str, run: Path, tmp_path: Path) -> No
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
     check = "\nassert action.shape in [(1,), (1, 1)] and abs(float(action.item())) <= 1\n"
-    subprocess.run([sys.executable, "-c", code[1] + check], cwd=folder, check=True, timeout=60)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code[1] + check], cwd=folder, check=True, timeout=60, env=environment)
 
 
 def test_secrets_stay_at_home(run: Path, tmp_path: Path) -> None:
@@ -361,14 +365,16 @@ class Hub(BaseHTTPRequestHandler):
 
     def _reply(self, body: bytes) -> dict[str, Any]:
         if self.path.endswith("/repos/create"):
-            return {"url": "http://hub/me/policy"}
+            return {"url": f"http://{self.headers['Host']}/me/policy"}
+        if self.path.endswith("/validate-yaml"):  # of the card
+            return {"errors": [], "warnings": []}
         if "/preupload/" in self.path:
             files = json.loads(body)["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return {"commitUrl": "http://hub/me/policy/commit/1", "commitOid": "1", "hookOutput": ""}
+        return {"commitUrl": f"http://{self.headers['Host']}/me/policy/commit/1", "commitOid": "1", "hookOutput": ""}
 
     def _answer(self, content: Any) -> None:
         text = json.dumps(content).encode()
@@ -447,9 +453,7 @@ def test_export_is_evaluated_like_its_run(run: Path, capsys: pytest.CaptureFixtu
         assert evaluate.main([*source, "-n", "5", "--n-envs", "3", "--vec-env", "dummy", "--json", "-"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[1]["name"] == f"export {run / 'export_onnx'}"
-    for result in results:
-        del result["name"]
-    assert results[0] == pytest.approx(results[1], abs=1e-4)
+    assert results[0] | {"name": ""} == results[1] | {"name": ""}  # rewards are 0 or 1: rounding does not show
 
 
 @pytest.mark.parametrize(
