@@ -19,6 +19,7 @@ from torch import nn
 
 from rpd_sb3 import train
 from rpd_sb3.students import AutoregressivePolicy, RunningNorm, TokenPolicy
+from rpd_sb3.students.cnn import CompactCNN
 from tests.tiny_env import TINY
 
 STATE = spaces.Box(-np.inf, np.inf, (5,), np.float32)
@@ -58,6 +59,7 @@ POLICIES: dict[str, Callable[[], ActorCriticPolicy]] = {
     "normalised": _normed,
     "image": lambda: make_policy(ActorCriticCnnPolicy, IMAGE, ACTION),
     "both": lambda: make_policy(MultiInputActorCriticPolicy, BOTH, ACTION),
+    "compact": lambda: make_policy(MultiInputActorCriticPolicy, BOTH, ACTION, features_extractor_class=CompactCNN),
     "separate extractors": lambda: make_policy(ActorCriticPolicy, STATE, ACTION, share_features_extractor=False),
     "squashed": lambda: make_policy(ActorCriticPolicy, STATE, ACTION, use_sde=True, squash_output=True),
     "discrete": lambda: make_policy(ActorCriticPolicy, STATE, spaces.Discrete(4)),

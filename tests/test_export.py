@@ -115,6 +115,18 @@ def test_last_model_has_the_last_evaluation(run: Path, tmp_path: Path) -> None:
     assert "note" not in student
 
 
+def test_success_is_that_of_the_evaluation_at_the_models_step(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
+    saved = runs.load_run(tmp_path / "run")
+    once = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    arrays = {"results": once * 2.0, "ep_lengths": once + 5, "successes": once, "successes_at_end": once & False}
+    steps = runs.timesteps(saved.last_model)
+    np.savez(saved.folder / "evaluations.npz", timesteps=[0, steps, steps + 1], **arrays)  # type: ignore[arg-type]
+    student = manifests.success_facts(saved, saved.last_model, "last")["student"]
+    assert (student["success_once"], student["success_at_end"], student["mean_return"]) == (0.25, 0.0, 0.5)
+    assert (student["n_episodes"], student["ci95"]) == (4, list(wilson_interval(1, 4)))
+
+
 def test_a_model_that_was_never_evaluated_has_no_success(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export*", "evaluations.npz"))
     assert export.main(quick(tmp_path / "run")) == 0

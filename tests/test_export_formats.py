@@ -64,7 +64,7 @@ def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(action, expected[rows], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["image", "both", "autoregressive"])
+@pytest.mark.parametrize("kind", ["compact", "image", "both", "autoregressive"])
 def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Path) -> None:
     policy = POLICIES[kind]()
     specs = input_specs(policy.observation_space)
@@ -122,7 +122,7 @@ def test_raw_bytes_are_no_pickle(tmp_path: Path) -> None:
     assert pickles_in(tmp_path / "x.zip") == ["is one"]
 
 
-@pytest.mark.parametrize("kind", ["both", "squashed", "separate extractors", "normalised", "autoregressive"])
+@pytest.mark.parametrize("kind", ["both", "compact", "squashed", "separate extractors", "normalised", "autoregressive"])
 def test_weights_load_into_a_policy_made_from_the_manifest(kind: str, tmp_path: Path) -> None:
     import json
 

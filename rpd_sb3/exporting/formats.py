@@ -21,7 +21,7 @@ from rpd_sb3.exporting.deploy import DeployablePolicy
 FILES = {"onnx": runtime.MODEL, "torch": "policy.pt2", "safetensors": "model.safetensors"}
 """What the policy of each format lies in."""
 OPSET, IR_VERSION = 18, 8
-"""Of ONNX: what onnxruntime 1.14, of 2023, can run already, for robots that are not updated."""
+"""Of ONNX: what onnxruntime 1.15, of 2023, can run already (tested), for robots that are not updated."""
 
 OUTPUTS = ("action", "tokens")
 """Of a policy; the second one only where tokens stand for actions."""
