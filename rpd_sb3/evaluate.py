@@ -33,7 +33,13 @@ def make_parser() -> Parser:
     add("--teacher", help="evaluate a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run or export]")
-    add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment [those of the run or export]")
+    add(
+        "--env-kwargs",
+        nargs="+",
+        default=[],
+        metavar="K:V",
+        help="options of the environment [those of the run or export]",
+    )
     add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="[100]")
     add(
         "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
@@ -77,7 +83,7 @@ class Job:
 
     def __init__(self, args: Any) -> None:
         from rpd_sb3.evaluation import Evaluator
-        from rpd_sb3.exporting.loading import check_actions, open_export
+        from rpd_sb3.exporting.loading import ExportPlayer, check_actions, open_export
         from rpd_sb3.players import open_player
 
         self.args = args
@@ -93,7 +99,7 @@ class Job:
                 teacher=self.player.teacher,
             )
             closing.callback(self.evaluator.close)
-            if args.export:
+            if isinstance(self.player, ExportPlayer):
                 check_actions(self.player, self.evaluator.venv.action_space)
             self._closing = closing.pop_all()
 

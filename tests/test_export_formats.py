@@ -57,7 +57,7 @@ def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
     expected = predict(policy, batch)
     assert len(np.unique(expected)) >= 2
     if kind == "vector":  # some are clipped
-        assert set(np.unique(expected)) >= {*ACTION.low, *ACTION.high}
+        assert 0 < (np.isclose(expected, ACTION.low) | np.isclose(expected, ACTION.high)).mean() < 1
     for rows in (slice(None), *(slice(i, i + 1) for i in range(3))):
         (action,) = session.run(None, {name: array[rows] for name, array in batch.items()})
         assert (action.dtype, action.shape) == (expected.dtype, expected[rows].shape)
