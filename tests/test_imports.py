@@ -24,6 +24,7 @@ ALLOWED = {
     "names": set(),
     "bins": set(),
     "vulkan": set(),
+    "runtime": set(),
     "teachers": {"protocol.*"},
     "protocol": {"teachers.base"},
     "serving": {"protocol.*", "teachers.base"},

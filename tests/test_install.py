@@ -86,7 +86,7 @@ def test_training_says_that_the_students_side_is_missing(
     assert capsys.readouterr().err.startswith("error: students need stable_baselines3, which is not installed here")
 
 
-@pytest.mark.parametrize("extra", ["teacher-server", "openpi", "maniskill", "dev"])
+@pytest.mark.parametrize("extra", ["teacher-server", "openpi", "export", "maniskill", "dev"])
 def test_what_make_installs_is_pinned(extra: str) -> None:
     pinned = {line.split("==")[0] for line in (REPO / "constraints.txt").read_text().splitlines()}
     asked = {re.sub(r"[_.]", "-", name.split("[")[0]).lower() for name in packages("options.extras_require", extra)}

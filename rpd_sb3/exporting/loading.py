@@ -1,0 +1,113 @@
+"""An export of any format, ready to act here. Robots do without: see :mod:`rpd_sb3.runtime`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from rpd_sb3 import runtime
+from rpd_sb3.config import merge, parse_pairs
+from rpd_sb3.envs.factory import check_env_id
+from rpd_sb3.evaluation import Actor
+from rpd_sb3.exporting import architecture
+from rpd_sb3.exporting.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
+from rpd_sb3.exporting.formats import FILES, load_safetensors, load_torch, torch_act
+from rpd_sb3.exporting.manifest import token_bounds
+from rpd_sb3.session import probe
+
+
+def load_export(folder: str | Path) -> runtime.Policy:
+    """The policy of an export.
+
+    :param folder: of the export
+    :raises ValueError: if it is none, is damaged, or its parts do not fit
+    """
+    manifest = runtime.read_manifest(folder)
+    if manifest["format"] == "onnx":
+        return runtime.load(folder)
+    return runtime.Policy(folder, manifest, _act(Path(folder), manifest))
+
+
+def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
+    if manifest["format"] not in FILES:
+        raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}; known are {', '.join(FILES)}")
+    path = runtime.checked_file(folder, manifest, FILES[manifest["format"]])
+    specs = manifest["observation"]
+    if manifest["format"] == "torch":
+        return torch_act(load_torch(path), specs)
+    tokens = manifest.get("tokens")
+    policy = architecture.build(manifest.get("policy"), str(folder / runtime.MANIFEST))
+    load_safetensors(path, policy)
+    if [spec["shape"] for spec in input_specs(policy.observation_space)] != [
+        s["shape"] for s in manifest["observation"]
+    ]:
+        raise ValueError(
+            f"{str(folder / runtime.MANIFEST)!r}: observation and policy are of different shapes; export the run again"
+        )
+    return torch_act(DeployablePolicy(policy, tokens is not None, token_bounds(tokens)), specs)
+
+
+def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
+    """The exported policy as :class:`~rpd_sb3.evaluation.Evaluator` wants it.
+
+    As with :func:`~rpd_sb3.evaluation.student_actor`, an observation gets the same action whatever the number of environments.
+
+    :param policy: the export
+    :param space: the environment's observation space
+    """
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        n = len(episode_starts)
+        rows = np.arange(-(-n // 8) * 8) % n
+        seen = camera_view(obs, space)
+        return policy({k: v[rows] for k, v in seen.items()} if isinstance(seen, dict) else seen[rows])[:n]
+
+    return act
+
+
+class ExportPlayer(NamedTuple):
+    """An export, and the environment that it plays in."""
+
+    name: str
+    policy: runtime.Policy
+    env_id: str
+    env_kwargs: dict[str, Any]
+    teacher: None = None
+
+
+def open_export(args: Any) -> ExportPlayer:
+    """The export that a command line names, in its own environment or in another one.
+
+    :param args: with ``export``, ``env`` and ``env_kwargs``
+    :raises ValueError: if it cannot be loaded, or was trained on something else than the environment shows
+    """
+    name, policy = f"export {args.export}", load_export(args.export)
+    recorded, trained = policy.manifest["environment"], policy.manifest["observation"]
+    env_id = args.env or recorded["id"]
+    env_kwargs = merge(recorded["env_kwargs"], parse_pairs(args.env_kwargs, "--env-kwargs"))
+    check_env_id(env_id)
+    space = probe(env_id, env_kwargs, None)
+    shown = {key: box for key, box in input_spaces(space).items() if isinstance(box, spaces.Box)}
+    seen = [(spec["shape"], spec["dtype"]) for spec in input_specs(space)] if len(shown) == len(trained) else []
+    names = list(shown) if isinstance(space, spaces.Dict) else [trained[0]["name"]]
+    if seen != [(spec["shape"], spec["dtype"]) for spec in trained] or names != [spec["name"] for spec in trained]:
+        wanted = ", ".join(f"{spec['name']} {spec['dtype']} {tuple(spec['shape'])}" for spec in trained)
+        raise ValueError(f"{name} was trained on {wanted}, but env {env_id!r} shows {space}")
+    return ExportPlayer(name, policy, env_id, env_kwargs)
+
+
+def check_actions(player: ExportPlayer, space: spaces.Space) -> None:
+    """Make sure that the environment takes what the export gives.
+
+    :param player: the export
+    :param space: the environment's actions
+    :raises ValueError: if it takes other actions
+    """
+    action = player.policy.manifest["action"]
+    whole = np.issubdtype(space.dtype, np.integer) and not isinstance(space, spaces.MultiBinary)
+    if list(space.shape or ()) != action["shape"] or whole != (action["dtype"] == "int64"):
+        gives = f"{action['dtype']} actions {tuple(action['shape'])}"
+        raise ValueError(f"{player.name} gives {gives}, but env {player.env_id!r} takes {space}")
