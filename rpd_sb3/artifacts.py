@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from rpd_sb3.callbacks import Curve
 from rpd_sb3.evaluation import EVAL_SEED, EvalResult, untouched_rng
+from rpd_sb3.players import Player
 from rpd_sb3.stage import Film, Stage
-from rpd_sb3.teachers.base import Teacher
 
 
 def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | None) -> None:
@@ -43,20 +39,16 @@ def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | N
     figure.savefig(path, dpi=120)
 
 
-def record_video(
-    path: Path, player: BaseAlgorithm | Teacher, env_id: str, env_kwargs: Mapping[str, Any], n_episodes: int = 3
-) -> str | None:
+def record_video(path: Path, player: Player, n_episodes: int = 3) -> str | None:
     """Film the first evaluation episodes.
 
     :param path: ``.mp4`` file
-    :param player: a student, or a teacher that plays itself
-    :param env_id: as in :func:`rpd_sb3.envs.make_env`
-    :param env_kwargs: its options
+    :param player: who plays, and where
     :param n_episodes: how many
     :return: why there is no video; None if there is
     """
     try:
-        with untouched_rng(), Film(path) as film, Stage(env_id, env_kwargs, player, film) as stage:
+        with untouched_rng(), Film(path) as film, Stage(player, film) as stage:
             for episode in range(n_episodes):
                 stage.play(EVAL_SEED + episode)
     except Exception as error:  # of renderers, encoders, teachers: nothing that a finished run should be lost for

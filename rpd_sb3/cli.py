@@ -56,6 +56,45 @@ def add_vec_env_flag(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
     parser.add_argument("--vec-env", choices=choices, help="in worker processes or in this one [subproc]", **kwargs)
 
 
+def add_player_flags(parser: argparse.ArgumentParser, verb: str) -> None:
+    """The flags that name a player and where it plays.
+
+    :param parser: of the command
+    :param verb: what the command does with the player, for the help
+    """
+    add = parser.add_argument
+    add("--run", metavar="RUN_DIR", help=f"{verb} the student of a run")
+    add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
+    add("--export", metavar="DIR", help=f"{verb} an export of python -m rpd_sb3.export")
+    add("--teacher", help=f"{verb} a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
+    add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
+    add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run or export]")
+    add(
+        "--env-kwargs",
+        nargs="+",
+        default=[],
+        metavar="K:V",
+        help="options of the environment [those of the run or export]",
+    )
+
+
+def check_player(args: Any) -> None:
+    """Make sure that a command line names one player.
+
+    :param args: with ``run``, ``export``, ``teacher``, ``teacher_kwargs`` and ``env``
+    :raises ValueError: with what is wrong
+    """
+    if [args.run, args.export, args.teacher].count(None) != 2:
+        raise ValueError(
+            "name one player: a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, an export, e.g. --export pick_policy, or a "
+            "teacher, e.g. --teacher scripted"
+        )
+    if args.teacher and args.env is None:
+        raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
+    if args.teacher_kwargs and not args.teacher:
+        raise ValueError(f"--teacher-kwargs are for --teacher, not for {'--run' if args.run else '--export'}")
+
+
 def check_at_least(given: Mapping[str, Any], minima: Mapping[str, int]) -> None:
     """Make sure that numbers are not too small; those that are not given are no mistake.
 

@@ -1,4 +1,4 @@
-"""Watch a student or a teacher, or film it: ``python -m rpd_sb3.enjoy --run logs/rpd_ppo/PickCube-v1_1 --record pick.mp4``."""
+"""Watch a student, an export or a teacher, or film it: ``python -m rpd_sb3.enjoy --run logs/rpd_ppo/PickCube-v1_1 --record pick.mp4``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rpd_sb3.cli import (
     RUN_ERROR,
     Interrupt,
     Parser,
+    add_player_flags,
     check_at_least,
+    check_player,
     check_training_side,
     print_error,
     run_command,
@@ -24,12 +26,7 @@ def make_parser() -> Parser:
     """Every flag."""
     parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
     add = parser.add_argument
-    add("--run", metavar="RUN_DIR", help="watch the student of a run")
-    add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
-    add("--teacher", help="watch a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
-    add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
-    add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run]")
-    add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment [those of the run]")
+    add_player_flags(parser, "watch")
     add("-n", "--n-episodes", type=whole_number, default=5, metavar="N", help="[5]")
     add(
         "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
@@ -57,8 +54,6 @@ def check(argv: Sequence[str]) -> Any:
         raise ValueError(
             f"--record {args.record}: folder {str(Path(args.record).parent)!r} does not exist; make it first"
         )
-    from rpd_sb3.players import check_player
-
     check_player(args)
     return args
 
@@ -79,8 +74,7 @@ class Job:
         with ExitStack() as closing:
             look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
             self.player = open_player(args, closing)
-            stage = Stage(self.player.env_id, self.player.env_kwargs, self.player.player, look)
-            self.stage = closing.enter_context(stage)
+            self.stage = closing.enter_context(Stage(self.player, look))
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:

@@ -7,39 +7,26 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpd_sb3.cli import (
     Interrupt,
     Parser,
+    add_player_flags,
     add_vec_env_flag,
     check_at_least,
+    check_player,
     check_training_side,
     run_command,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    from rpd_sb3.evaluation import EvalResult
 
 
 def make_parser() -> Parser:
     """Every flag."""
     parser = Parser(prog="python -m rpd_sb3.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--run", metavar="RUN_DIR", help="evaluate the student of a run")
-    add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
-    add("--export", metavar="DIR", help="evaluate an export of python -m rpd_sb3.export")
-    add("--teacher", help="evaluate a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
-    add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
-    add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run or export]")
-    add(
-        "--env-kwargs",
-        nargs="+",
-        default=[],
-        metavar="K:V",
-        help="options of the environment [those of the run or export]",
-    )
+    add_player_flags(parser, "evaluate")
     add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="[100]")
     add(
         "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
@@ -64,12 +51,7 @@ def check(argv: Sequence[str]) -> Any:
     """
     check_training_side()
     args = make_parser().parse_args(argv)
-    from rpd_sb3.players import check_player
-
-    if args.export is None:
-        check_player(args)
-    elif args.run or args.teacher or args.teacher_kwargs:
-        raise ValueError("--export names the player: leave out --run, --teacher and --teacher-kwargs")
+    check_player(args)
     check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1})
     return args
 
@@ -83,12 +65,11 @@ class Job:
 
     def __init__(self, args: Any) -> None:
         from rpd_sb3.evaluation import Evaluator
-        from rpd_sb3.exporting.loading import ExportPlayer, check_actions, open_export
         from rpd_sb3.players import open_player
 
         self.args = args
         with ExitStack() as closing:
-            self.player: Any = open_export(args) if args.export else open_player(args, closing)
+            self.player = open_player(args, closing)
             self.evaluator = Evaluator(
                 self.player.env_id,
                 self.player.env_kwargs,
@@ -99,21 +80,14 @@ class Job:
                 teacher=self.player.teacher,
             )
             closing.callback(self.evaluator.close)
-            if isinstance(self.player, ExportPlayer):
-                check_actions(self.player, self.evaluator.venv.action_space)
+            # A teacher may not need all that the environments show: the evaluator makes them itself.
+            self.act = None if self.player.teacher else self.player.actor(self.evaluator.venv)
             self._closing = closing.pop_all()
-
-    def _play(self) -> EvalResult:
-        from rpd_sb3.exporting.loading import export_actor
-
-        if self.args.export:
-            return self.evaluator.evaluate(export_actor(self.player.policy, self.evaluator.venv.observation_space))
-        model = self.player.model
-        return self.evaluator.teacher() if model is None else self.evaluator.student(model)
 
     def run(self, interrupt: Interrupt) -> int:
         """Play the episodes and show how they went."""
-        player, result = self.player, self._play()
+        player = self.player
+        result = self.evaluator.teacher() if self.act is None else self.evaluator.evaluate(self.act)
         content = {"name": player.name, "env": player.env_id, "seed": self.args.seed} | result.summary()
         if self.args.json == "-":
             print(json.dumps(content, indent=2))

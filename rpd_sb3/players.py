@@ -1,4 +1,4 @@
-"""Who plays where, from a command line: the student of a run, or a teacher itself."""
+"""Who plays where, from a command line: the student of a run, an export of one, or a teacher itself."""
 
 from __future__ import annotations
 
@@ -7,51 +7,48 @@ from typing import Any, NamedTuple
 
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3 import runs
 from rpd_sb3.config import merge, parse_pairs
 from rpd_sb3.envs.factory import check_env_id
+from rpd_sb3.evaluation import Actor, student_actor, teacher_actor
+from rpd_sb3.exporting.loading import check_acted, check_observed, export_actor, load_export
+from rpd_sb3.runtime import Policy
 from rpd_sb3.session import check_device, open_teacher, probe, set_threads
 from rpd_sb3.teachers import Teacher
 
 
 class Player(NamedTuple):
-    """A student or a teacher, and the environment that it plays in."""
+    """A student, an export or a teacher, and the environment that it plays in."""
 
     name: str
-    player: BaseAlgorithm | Teacher
+    player: BaseAlgorithm | Policy | Teacher
     env_id: str
     env_kwargs: dict[str, Any]
 
     @property
-    def model(self) -> BaseAlgorithm | None:
-        return self.player if isinstance(self.player, BaseAlgorithm) else None
-
-    @property
     def teacher(self) -> Teacher | None:
-        return None if isinstance(self.player, BaseAlgorithm) else self.player
+        return None if isinstance(self.player, (BaseAlgorithm, Policy)) else self.player
 
+    def actor(self, venv: VecEnv) -> Actor:
+        """Who plays in these environments.
 
-def check_player(args: Any) -> None:
-    """Make sure that a command line names one player.
-
-    :param args: with ``run``, ``teacher``, ``teacher_kwargs`` and ``env``
-    :raises ValueError: with what is wrong
-    """
-    if (args.run is None) == (args.teacher is None):
-        raise ValueError(
-            "name either a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, or a teacher, e.g. --teacher scripted"
-        )
-    if args.teacher and args.env is None:
-        raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
-    if args.run and args.teacher_kwargs:
-        raise ValueError("--teacher-kwargs are for --teacher, not for --run")
+        :param venv: of ``env_id``, with the teacher if it is to play
+        :raises ValueError: if the environments do not take an export's actions
+        """
+        if isinstance(self.player, BaseAlgorithm):
+            return student_actor(self.player)
+        if not isinstance(self.player, Policy):
+            return teacher_actor(venv)
+        check_acted(self.player, venv.action_space, self.name, self.env_id)
+        return export_actor(self.player, venv.observation_space)
 
 
 def open_player(args: Any, closing: ExitStack) -> Player:
     """The player that a command line names; ``closing`` will close it.
 
-    :param args: as in :func:`check_player`, and ``model``, ``device``, ``env_kwargs``
+    :param args: of :func:`rpd_sb3.cli.add_player_flags`, and ``device``
     :raises ValueError: if there is none, or it does not fit the environment
     :raises TeacherError: if a teacher service does not answer
     """
@@ -63,6 +60,13 @@ def open_player(args: Any, closing: ExitStack) -> Player:
         teacher = open_teacher(args.teacher, env_id, teacher_kwargs, closing)
         probe(env_id, env_kwargs, teacher)
         return Player(f"teacher {args.teacher}", teacher, env_id, env_kwargs)
+    if args.export:
+        name, policy = f"export {args.export}", load_export(args.export)
+        recorded = policy.manifest["environment"]
+        env_id, env_kwargs = env_id or recorded["id"], merge(recorded["env_kwargs"], env_kwargs)
+        check_env_id(env_id)
+        check_observed(policy, probe(env_id, env_kwargs, None), name, env_id)
+        return Player(name, policy, env_id, env_kwargs)
     run = runs.load_run(args.run)
     path = run.best_model if args.model == "best" else run.last_model
     if args.model == "best" and not path.is_file():

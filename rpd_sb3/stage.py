@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.envs import VecTeacher, make_env
 from rpd_sb3.envs.factory import evaluation_options
-from rpd_sb3.evaluation import Episode, play, student_actor, teacher_actor
-from rpd_sb3.teachers.base import Teacher
+from rpd_sb3.evaluation import Episode, play
+from rpd_sb3.players import Player
 
 FORMATS = (".mp4", ".gif")
 
@@ -89,31 +88,26 @@ class Window:
 
 
 class Stage:
-    """One environment with a student or a teacher in it; its episodes are those of an :class:`~rpd_sb3.evaluation.Evaluator`.
+    """One environment with a player in it; its episodes are those of an :class:`~rpd_sb3.evaluation.Evaluator`.
 
-    :param env_id: as in :func:`rpd_sb3.envs.make_env`
-    :param env_kwargs: its options
-    :param player: a student, or a teacher that plays itself
+    :param player: who plays, and where
     :param look: called with the environment at the start of each episode and after each step
-    :raises ValueError: if the environment does not render, or does not fit the teacher
+    :raises ValueError: if the environment does not render, or does not fit the player
     """
 
-    def __init__(
-        self, env_id: str, env_kwargs: Mapping[str, Any], player: BaseAlgorithm | Teacher, look: Film | Window
-    ) -> None:
-        spec = None if isinstance(player, BaseAlgorithm) else player.spec
-        options = evaluation_options(env_id, env_kwargs)
+    def __init__(self, player: Player, look: Film | Window) -> None:
+        teacher = player.teacher
+        options = evaluation_options(player.env_id, player.env_kwargs)
+        spec = None if teacher is None else teacher.spec
         try:
-            env = make_env(env_id, teacher=spec, render_mode=look.render_mode, **options)
+            env = make_env(player.env_id, teacher=spec, render_mode=look.render_mode, **options)
         except (gym.error.Error, TypeError, ImportError, RuntimeError) as error:
-            raise ValueError(f"env {env_id!r} does not render: {error}") from error
+            raise ValueError(f"env {player.env_id!r} does not render: {error}") from error
         self.venv: VecEnv = DummyVecEnv([lambda: Camera(env, look)])
         try:
-            if isinstance(player, BaseAlgorithm):
-                self._act = student_actor(player)
-            else:
-                self.venv = VecTeacher(self.venv, player, label_fraction=0.0)
-                self._act = teacher_actor(self.venv)
+            if teacher is not None:
+                self.venv = VecTeacher(self.venv, teacher, label_fraction=0.0)
+            self._act = player.actor(self.venv)
         except ValueError:
             self.close()
             raise

@@ -16,6 +16,7 @@ from rpd_sb3.callbacks import CheckpointCallback, EvalSuccessCallback, ProgressC
 from rpd_sb3.cli import Interrupt
 from rpd_sb3.evaluation import EvalResult, describe
 from rpd_sb3.measurements import student_bytes, student_latency, student_parameters
+from rpd_sb3.players import Player
 from rpd_sb3.session import Session
 from rpd_sb3.teachers import TeacherError
 
@@ -108,9 +109,10 @@ class Trainer:
             except TeacherError as error:
                 print(f"no agreement: {error}", flush=True)
         session.evaluator.close()  # its environments are not needed any more, and take memory
-        for name, player in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
-            if session.args["video"] and player is not None:
-                problem = record_video(session.folder / name, player, session.env_id, session.config.env_kwargs)
+        for name, who in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
+            if session.args["video"] and who is not None:
+                player = Player(name, who, session.env_id, session.config.env_kwargs)
+                problem = record_video(session.folder / name, player)
                 if problem:
                     print(f"no {name}: {problem}", flush=True)
 

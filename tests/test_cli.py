@@ -661,8 +661,8 @@ def test_evaluate_a_teacher(teacher_file: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name either a run"),
-        (["--run", "x", "--teacher", "scripted"], "name either a run"),
+        ([], "name one player: a run"),
+        (["--run", "x", "--teacher", "scripted"], "name one player: a run"),
         (["--run", "nix"], "run folder 'nix' does not exist"),
         (["--teacher", "scripted"], "--env is missing"),
         (["--run", "nix", "--teacher-kwargs", "noise:1"], "--teacher-kwargs are for --teacher"),

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from stable_baselines3 import PPO
 
-from rpd_sb3 import evaluate, export, runs, runtime
+from rpd_sb3 import enjoy, evaluate, export, runs, runtime
 from rpd_sb3.evaluation import wilson_interval
 from rpd_sb3.exporting import manifest as manifests
 from rpd_sb3.exporting import writer
@@ -474,8 +474,8 @@ def test_export_is_evaluated_like_its_run(run: Path, capsys: pytest.CaptureFixtu
         (["--env", "CartPole-v1"], r"was trained on state float32 \(2,\), but env 'CartPole-v1' shows Box"),
         (["--env-kwargs", "image:true"], r"was trained on state float32 \(2,\), but env"),
         (["--env-kwargs", "tokens:true"], r"gives float32 actions \(1,\), but env .* takes MultiDiscrete\(\[256\]\)"),
-        (["--run", "x"], "--export names the player: leave out --run"),
-        (["--teacher-kwargs", "a:1"], "--export names the player: leave out --run, --teacher and --teacher-kwargs"),
+        (["--run", "x"], "name one player: a run"),
+        (["--teacher-kwargs", "a:1"], "--teacher-kwargs are for --teacher, not for --export"),
     ],
 )
 def test_evaluate_says_what_does_not_fit(
@@ -490,6 +490,15 @@ def test_evaluate_of_a_damaged_export(copied: Path, capsys: pytest.CaptureFixtur
     assert "has format 'pickle'; known are onnx, torch, safetensors" in sentence(
         ["--export", str(copied)], capsys, evaluate
     )
+
+
+def test_an_export_is_watched_like_its_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for source in (["--run", str(run)], ["--export", str(run / "export_onnx")]):
+        capsys.readouterr()
+        assert enjoy.main([*source, "-n", "2", "--record", str(tmp_path / "film.gif")]) == 0
+        told.append(capsys.readouterr().out.splitlines()[1:4])
+    assert told[0] == told[1]
 
 
 # Parts -----------------------------------------------------------------------------------------------------------------

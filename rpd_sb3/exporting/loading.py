@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from rpd_sb3 import runtime
-from rpd_sb3.config import merge, parse_pairs
-from rpd_sb3.envs.factory import check_env_id
 from rpd_sb3.evaluation import Actor
 from rpd_sb3.exporting import architecture
 from rpd_sb3.exporting.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
 from rpd_sb3.exporting.formats import FILES, load_safetensors, load_torch, torch_act
 from rpd_sb3.exporting.manifest import token_bounds
-from rpd_sb3.session import probe
 
 
 def load_export(folder: str | Path) -> runtime.Policy:
@@ -68,46 +65,35 @@ def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
     return act
 
 
-class ExportPlayer(NamedTuple):
-    """An export, and the environment that it plays in."""
+def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
+    """Make sure that the environment shows what the export was trained on.
 
-    name: str
-    policy: runtime.Policy
-    env_id: str
-    env_kwargs: dict[str, Any]
-    teacher: None = None
-
-
-def open_export(args: Any) -> ExportPlayer:
-    """The export that a command line names, in its own environment or in another one.
-
-    :param args: with ``export``, ``env`` and ``env_kwargs``
-    :raises ValueError: if it cannot be loaded, or was trained on something else than the environment shows
+    :param policy: the export
+    :param space: the environment's observations
+    :param name: of the export, for the message
+    :param env_id: of the environment, for the message
+    :raises ValueError: if it shows something else
     """
-    name, policy = f"export {args.export}", load_export(args.export)
-    recorded, trained = policy.manifest["environment"], policy.manifest["observation"]
-    env_id = args.env or recorded["id"]
-    env_kwargs = merge(recorded["env_kwargs"], parse_pairs(args.env_kwargs, "--env-kwargs"))
-    check_env_id(env_id)
-    space = probe(env_id, env_kwargs, None)
+    trained = policy.manifest["observation"]
     shown = {key: box for key, box in input_spaces(space).items() if isinstance(box, spaces.Box)}
     seen = [(spec["shape"], spec["dtype"]) for spec in input_specs(space)] if len(shown) == len(trained) else []
     names = list(shown) if isinstance(space, spaces.Dict) else [trained[0]["name"]]
     if seen != [(spec["shape"], spec["dtype"]) for spec in trained] or names != [spec["name"] for spec in trained]:
         wanted = ", ".join(f"{spec['name']} {spec['dtype']} {tuple(spec['shape'])}" for spec in trained)
         raise ValueError(f"{name} was trained on {wanted}, but env {env_id!r} shows {space}")
-    return ExportPlayer(name, policy, env_id, env_kwargs)
 
 
-def check_actions(player: ExportPlayer, space: spaces.Space) -> None:
+def check_acted(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
     """Make sure that the environment takes what the export gives.
 
-    :param player: the export
+    :param policy: the export
     :param space: the environment's actions
+    :param name: of the export, for the message
+    :param env_id: of the environment, for the message
     :raises ValueError: if it takes other actions
     """
-    action = player.policy.manifest["action"]
+    action = policy.manifest["action"]
     whole = np.issubdtype(space.dtype, np.integer) and not isinstance(space, spaces.MultiBinary)
     if list(space.shape or ()) != action["shape"] or whole != (action["dtype"] == "int64"):
         gives = f"{action['dtype']} actions {tuple(action['shape'])}"
-        raise ValueError(f"{player.name} gives {gives}, but env {player.env_id!r} takes {space}")
+        raise ValueError(f"{name} gives {gives}, but env {env_id!r} takes {space}")
