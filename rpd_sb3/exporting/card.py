@@ -123,7 +123,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         + (f", “{instruction}”" if instruction else "")
         + (f", distilled from the teacher `{teacher['name']}`" if teacher else "")
         + f" with `{manifest['training']['algorithm']}`"
-        ' of rpd_sb3 ([Refined Policy Distillation](https://arxiv.org/abs/2503.05833)).'
+        " of rpd_sb3 ([Refined Policy Distillation](https://arxiv.org/abs/2503.05833))."
         f" {_count(manifest['parameters']['policy'])} parameters; {_latency(manifest)}.",
         "## Use",
         f"```python\n{snippet(manifest)}```",
