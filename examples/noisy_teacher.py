@@ -41,7 +41,7 @@ run(
 
 # %% Distil it, with two seeds. The section of zoo_configs/rpd_ppo.yml names the teacher and all hyper-parameters.
 steps = "256" if SHORT else "40000"
-small = ["--n-envs", "4", "-params", "n_steps:32"] if SHORT else []
+small = ["--n-envs", "4", "-params", "n_steps:32", "batch_size:64"] if SHORT else []
 student = ["rpd_sb3.train", "--algo", "rpd_ppo", "--env", ENV, "--section", "noisy-teacher", "-n", steps, *evaluation]
 students = [run(*student, "--seed", seed, *small) for seed in ("0", "1")]
 
