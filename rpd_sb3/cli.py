@@ -56,11 +56,12 @@ def add_vec_env_flag(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
     parser.add_argument("--vec-env", choices=choices, help="in worker processes or in this one [subproc]", **kwargs)
 
 
-def add_player_flags(parser: argparse.ArgumentParser, verb: str) -> None:
-    """The flags that name a player and where it plays.
+def add_player_flags(parser: argparse.ArgumentParser, verb: str, n_episodes: int) -> None:
+    """The flags that name a player, where it plays, and which episodes.
 
     :param parser: of the command
     :param verb: what the command does with the player, for the help
+    :param n_episodes: how many episodes unless ``-n`` says so
     """
     add = parser.add_argument
     add("--run", metavar="RUN_DIR", help=f"{verb} the student of a run")
@@ -76,6 +77,11 @@ def add_player_flags(parser: argparse.ArgumentParser, verb: str) -> None:
         metavar="K:V",
         help="options of the environment [those of the run or export]",
     )
+    add("-n", "--n-episodes", type=whole_number, default=n_episodes, metavar="N", help=f"[{n_episodes}]")
+    add(
+        "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
+    )
+    add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
 
 
 def check_player(args: Any) -> None:

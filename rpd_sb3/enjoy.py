@@ -18,7 +18,6 @@ from rpd_sb3.cli import (
     check_training_side,
     print_error,
     run_command,
-    whole_number,
 )
 
 
@@ -26,12 +25,7 @@ def make_parser() -> Parser:
     """Every flag."""
     parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
     add = parser.add_argument
-    add_player_flags(parser, "watch")
-    add("-n", "--n-episodes", type=whole_number, default=5, metavar="N", help="[5]")
-    add(
-        "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
-    )
-    add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
+    add_player_flags(parser, "watch", n_episodes=5)
     add("--record", metavar="FILE", help="film it, as .mp4 or .gif, instead of showing a window")
     return parser
 

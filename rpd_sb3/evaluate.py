@@ -26,14 +26,9 @@ def make_parser() -> Parser:
     """Every flag."""
     parser = Parser(prog="python -m rpd_sb3.evaluate", description=__doc__)
     add = parser.add_argument
-    add_player_flags(parser, "evaluate")
-    add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="[100]")
-    add(
-        "--seed", type=whole_number, default=10_000, help="of the first episode; the next one has the next seed [10000]"
-    )
+    add_player_flags(parser, "evaluate", n_episodes=100)
     add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
     add_vec_env_flag(parser, default="subproc")
-    add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
     add("--json", metavar="FILE", help="write the numbers to a file; - for stdout instead of the table")
     return parser
 
