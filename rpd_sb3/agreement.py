@@ -5,6 +5,7 @@ Shape letters: N environments, A action dimensions, n observations.
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -22,27 +23,28 @@ CONSTANT = 1e-6
 """A range of actions below this has no correlation with anything."""
 
 
-def measure_agreement(evaluator: Evaluator, model: BaseAlgorithm, n_episodes: int = 8) -> dict[str, Any] | None:
+def measure_agreement(evaluator: Evaluator, model: BaseAlgorithm, n_episodes: int = 16) -> dict[str, Any] | None:
     """Compare the student's deterministic action with the teacher's, at every observation of the student's own episodes.
 
-    Both are what is acted with: clipped, and of tokens the centres of their bins.
+    Both are what is acted with: clipped, and of tokens the centres of their bins. Episodes end as in training: what comes
+    after success, the student has never been taught.
 
-    :param evaluator: plays the episodes, and shows them to the teacher
+    :param evaluator: whose episodes to play, and whose teacher to ask
     :param model: the student
     :param n_episodes: the first ones of the evaluator's, at most all of them
     :return: see :func:`compare`, and ``n_episodes``, ``control_mode``; None if actions have no size, as those of a Discrete space
     :raises TeacherError: if the teacher does not answer
     """
     n_episodes = min(n_episodes, evaluator.n_episodes)
-    evaluator.show_teacher(True)
-    with untouched_rng():
-        venv = evaluator.venv
-    if not isinstance(venv.action_space, spaces.Box) and token_bins(venv.action_space) is None:
+    if not isinstance(model.action_space, spaces.Box) and token_bins(model.action_space) is None:
         return None
-    pairs = Pairs(venv, student_actor(model), n_episodes)
-    evaluator.evaluate(pairs, n_episodes)
+    with closing(evaluator.as_trained()) as same:
+        with untouched_rng():
+            venv = same.venv
+        pairs = Pairs(venv, student_actor(model), n_episodes)
+        same.evaluate(pairs, n_episodes)
+        mode = venv.get_attr("control_mode", 0)[0] if venv.has_attr("control_mode") else None
     student, teacher, std = pairs.arrays()
-    mode = venv.get_attr("control_mode", 0)[0] if venv.has_attr("control_mode") else None
     return {"n_episodes": n_episodes, "control_mode": mode} | compare(student, teacher, std)
 
 

@@ -145,11 +145,10 @@ class Evaluator:
         if n_episodes < 1:
             raise ValueError(f"n_episodes={n_episodes} must be at least 1")
         self.n_episodes, self.seed = n_episodes, seed
-        options = evaluation_options(env_id, env_kwargs or {})
-        self._env_id, self._options = env_id, options
-        self._n_envs, self._vec_env, self._teacher = min(n_envs, n_episodes), vec_env, teacher
+        self._env_id, self._env_kwargs = env_id, env_kwargs or {}
+        self._options = evaluation_options(env_id, self._env_kwargs)
+        self._n_envs, self._vec_env, self._teacher, self._shown = min(n_envs, n_episodes), vec_env, teacher, True
         self._venv: VecEnv | None = None
-        self._shown = True
 
     @property
     def venv(self) -> VecEnv:
@@ -173,10 +172,18 @@ class Evaluator:
         looks = any(name.startswith("images.") for name in self._teacher.spec.inputs)
         if looks or self._options.get("obs", "state") == "state":
             return self.evaluate(teacher_actor(self.venv))
-        options = self._options | {"obs": "state"}
-        same: dict[str, Any] = {"n_episodes": self.n_episodes, "seed": self.seed, "n_envs": self._n_envs}
-        with closing(Evaluator(self._env_id, options, **same, vec_env=self._vec_env, teacher=self._teacher)) as blind:
+        with closing(self._like(self._options | {"obs": "state"})) as blind:
             return blind.teacher()
+
+    def as_trained(self) -> Evaluator:
+        """One for the same episodes, which end where those of training do."""
+        return self._like(self._env_kwargs)
+
+    def _like(self, options: dict[str, Any]) -> Evaluator:
+        same: dict[str, Any] = {"n_envs": self._n_envs, "vec_env": self._vec_env, "teacher": self._teacher}
+        other = Evaluator(self._env_id, n_episodes=self.n_episodes, seed=self.seed, **same)
+        other._options = options
+        return other
 
     def evaluate(self, act: Actor, n_episodes: int | None = None) -> EvalResult:
         """Play the episodes.
@@ -184,10 +191,9 @@ class Evaluator:
         :param act: who plays
         :param n_episodes: only the first ones; None: all
         """
-        n_episodes = n_episodes or self.n_episodes
+        n_episodes, episodes = n_episodes or self.n_episodes, list[Episode]()
         with untouched_rng():
             venv = self.venv
-            episodes: list[Episode] = []
             while len(episodes) < n_episodes:
                 venv.seed(self.seed + len(episodes))
                 episodes += play(venv, act)

@@ -102,13 +102,13 @@ class Trainer:
         self.evaluation.act()
         self._complete = True
         session, teacher = self.session, self.session.evaluation_teacher
+        session.evaluator.close()  # its environments are not needed any more, and take memory
         self._latency = student_latency(session.model)
         if teacher is not None:
             try:
                 self._agreement = measure_agreement(session.evaluator, session.model)
             except TeacherError as error:
                 print(f"no agreement: {error}", flush=True)
-        session.evaluator.close()  # its environments are not needed any more, and take memory
         for name, who in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
             if session.args["video"] and who is not None:
                 player = Player(name, who, session.env_id, session.config.env_kwargs)

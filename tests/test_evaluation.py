@@ -259,6 +259,16 @@ def test_maniskill_episodes_go_on_after_success() -> None:
     assert 1 < result.mean_return < 50
 
 
+def test_episodes_as_trained_end_at_success() -> None:
+    teacher = make_teacher("scripted", "PickCube-v1")
+    with closing(Evaluator("PickCube-v1", n_episodes=2, n_envs=1, vec_env="dummy", teacher=teacher)) as evaluator:
+        with closing(evaluator.as_trained()) as same:
+            result = same.teacher()
+    teacher.close()
+    assert (result.success_once, result.success_at_end, result.n_episodes) == (1.0, 1.0, 2)
+    assert list(result.returns) == [1.0, 1.0]
+
+
 def test_teacher_without_images_is_evaluated_without_rendering() -> None:
     teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)
     evaluator = Evaluator(
