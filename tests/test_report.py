@@ -132,6 +132,8 @@ def test_the_finding_without_success_is_the_return(tmp_path: Path) -> None:
         (words.milliseconds(0.1026), "0.10 ms"),
         (words.milliseconds(1.26), "1.3 ms"),
         (words.milliseconds(312.4), "312 ms"),
+        (words.times(0.0278), "0.03×"),
+        (words.times(36_400.0), "36,400×"),
         (words.duration(59.6), "1 min 00 s"),
         (words.duration(7384), "2 h 03 min"),
         (words.percent(None), words.DASH),

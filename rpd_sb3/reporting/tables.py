@@ -87,7 +87,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
             seen.add(name)
             rows.append(Row(f"teacher {name}", _teacher_cells(group, slow, cell)))
         device = (group.records[0].result.get("latency_ms") or {}).get("device", "")
-        speed_up = f"{slow / fast:,.{0 if slow > 20 * fast else 1}f}×" if slow and fast else DASH
+        speed_up = words.times(slow / fast) if slow and fast else DASH
         unknown = "no teacher to compare with" if name is None else "one of the two latencies is not known"
         cells = [
             cell(words.value(group, group.value), ""),

@@ -42,7 +42,16 @@ def size(n_bytes: float | None) -> str:
 
 def milliseconds(value: float | None) -> str:
     """Two digits that matter: ``0.10 ms``, ``12 ms``."""
-    return DASH if value is None else f"{value:.{0 if value >= 9.95 else 1 if value >= 0.995 else 2}f} ms"
+    return DASH if value is None else f"{_two_digits(value)} ms"
+
+
+def times(ratio: float) -> str:
+    """``0.03×``, ``1.5×``, ``36,000×``"""
+    return f"{_two_digits(ratio)}×"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:,.{0 if value >= 9.95 else 1 if value >= 0.995 else 2}f}"
 
 
 def duration(seconds: float | None) -> str:
