@@ -261,9 +261,9 @@ def test_maniskill_episodes_go_on_after_success() -> None:
 
 def test_episodes_as_trained_end_at_success() -> None:
     teacher = make_teacher("scripted", "PickCube-v1")
-    with closing(Evaluator("PickCube-v1", n_episodes=2, n_envs=1, vec_env="dummy", teacher=teacher)) as evaluator:
-        with closing(evaluator.as_trained()) as same:
-            result = same.teacher()
+    evaluator = Evaluator("PickCube-v1", n_episodes=2, n_envs=1, vec_env="dummy", teacher=teacher)
+    with closing(evaluator.as_trained()) as same:
+        result = same.teacher()
     teacher.close()
     assert (result.success_once, result.success_at_end, result.n_episodes) == (1.0, 1.0, 2)
     assert list(result.returns) == [1.0, 1.0]
