@@ -5,7 +5,8 @@
     python benchmarks/pixels.py --tables-only                         # print the table from what is there
 
 Each cell is one ``python -m rpd_sb3.train`` with one thread; cells that have a complete result.json are not trained again.
-The teachers are the scripted experts. In the row ``camera`` it is the student of PushCube, seed 0, on a camera that has moved.
+The teachers are the scripted experts. In the row ``camera`` it is the student of PushCube, seed 0, on a camera that has moved; a
+first run imitates it, a second one goes on with the reward.
 """
 
 from __future__ import annotations
@@ -38,22 +39,31 @@ def cell(label: str, seed: int) -> Cell:
     return Cell("pixels", label, arguments + COMMON, seed)
 
 
-def camera_cell(root: Path, seed: int) -> Cell:
-    """A student whose teacher knows another camera."""
+def train_on_moved_camera(root: Path, seeds: tuple[int, ...], jobs: int) -> list[Record]:
+    """Students whose teacher knows another camera: imitation, then reward."""
     teacher = complete_run(cell("rpd_ppo PushCube-v1", 0), root)
     if teacher is None:
         raise SystemExit(
             f"error: row {CAMERA} needs its teacher, seed 0 of 'rpd_ppo PushCube-v1', in {root}; train it first"
         )
-    arguments = ["--algo", "rpd_ppo", "--env", "PushCube-v1", "--section", "moved-camera"]
-    return Cell("pixels", CAMERA, [*arguments, "--teacher", f"sb3:{teacher / 'best_model.zip'}", *COMMON], seed)
+    task = ["--algo", "rpd_ppo", "--env", "PushCube-v1", "--teacher", f"sb3:{teacher / 'best_model.zip'}"]
+    records = []
+    for seed in seeds:
+        imitation = Cell("pixels", f"{CAMERA} imitation", [*task, "--section", "moved-camera", *COMMON], seed)
+        run([imitation], root, RESULTS, jobs)
+        start = complete_run(imitation, root)
+        assert start is not None
+        reward = ["--section", "moved-camera-reward", "-params", f"warm_start:{start / 'best_model.zip'}"]
+        records = run([Cell("pixels", CAMERA, [*task, *reward, *COMMON], seed)], root, RESULTS, jobs)
+    return records
 
 
 def table(records: list[Record]) -> str:
     """Markdown: mean success over seeds, range in brackets."""
     lines = ["| task | teacher | PPO | RPD | env steps | training time | seeds |", "|---|---|---|---|---|---|---|"]
-    tasks = {task: (f"rpd_ppo {task}", f"ppo {task}") for task in STEPS}
-    for task, labels in (tasks | {"PushCube-v1, camera moved by 2 cm": (CAMERA, "-")}).items():
+    rows = {task: (f"rpd_ppo {task}", f"ppo {task}") for task in STEPS}
+    rows |= {"PushCube-v1, moved camera": (f"{CAMERA} imitation", "-"), "the same, then reward": (CAMERA, "-")}
+    for task, labels in rows.items():
         rpd, ppo = ([r["result"] for r in records if r["label"] == label] for label in labels)
         if not rpd:
             continue
@@ -80,12 +90,12 @@ def main() -> None:
     if args.tables_only:
         print(table(load(RESULTS)))
         return
-    seeds = {row: args.seeds or ROWS[row] for row in args.rows}
+    seeds = {row: tuple(args.seeds or ROWS[row]) for row in args.rows}
     records = run(
         [cell(row, seed) for row in seeds if row != CAMERA for seed in seeds[row]], args.root, RESULTS, args.jobs
     )
     if CAMERA in seeds:
-        records = run([camera_cell(args.root, seed) for seed in seeds[CAMERA]], args.root, RESULTS, args.jobs)
+        records = train_on_moved_camera(args.root, seeds[CAMERA], args.jobs)
     print(table(records))
 
 
