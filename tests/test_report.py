@@ -309,8 +309,8 @@ def test_a_run_that_has_not_ended_is_shown_with_what_there_is(tmp_path: Path) ->
     (tmp_path / "run" / "command.txt").unlink()
     said = text(page(folder))
     assert "rpd_ppo reaches 90 % on PickCube-v1" in said
-    assert f"{folder} has not ended, or was stopped: its numbers are those so far." in said
-    assert f"{folder} has no evaluation of its teacher." in said
+    assert f"Not ended, or stopped; the numbers are those so far: {folder}." in said
+    assert f"Teacher not evaluated: {folder}." in said
     assert "2 The run was made by an older version, or has not ended." in said
     for absent in ("Agreement", "Updates", "Videos", "Commands"):
         assert absent not in said
@@ -321,8 +321,8 @@ def test_a_run_of_an_older_version_is_shown_with_what_there_is(tmp_path: Path) -
     content = {key: value for key, value in result().items() if key not in new}
     folder = make_run(tmp_path / "run", content=content)
     said = text(page(folder))
-    assert f"{folder} has no agreement and no costs: the run was made by an older version" in said
-    assert "not ended, or was stopped" not in said
+    assert "No agreement and no costs, as the run was made by an older version" in said
+    assert "Not ended, or stopped" not in said
     assert "teacher 40 %" in said
 
 
@@ -478,6 +478,6 @@ def test_a_real_run_plays_in_a_browser(tmp_path: Path) -> None:
     content = page(run)
     said = text(content)
     assert "67 268 B" in said
-    assert "has no" not in said
+    assert "No video" not in said
     sizes = "[...page.querySelectorAll('video')].map(v => v.videoWidth + 'x' + v.videoHeight).join(' ')"
     assert framed(content, tmp_path, sizes) == "32x16 32x16"

@@ -92,20 +92,23 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def remarks(groups: Sequence[Group]) -> list[str]:
-    """What is missing, each in one sentence."""
+    """What is missing, and of which runs."""
     records = [record for group in groups for record in group.records]
     taught = [record for record in records if record.has_teacher]
     kinds = (
-        ([r for r in records if not r.complete], "has not ended, or was stopped: its numbers are those so far"),
-        ([r for r in taught if not r.result.get("teacher")], "has no evaluation of its teacher"),
+        ([r for r in records if not r.complete], "Not ended, or stopped; the numbers are those so far"),
+        ([r for r in taught if not r.result.get("teacher")], "Teacher not evaluated"),
         (
             [r for r in taught if r.complete and "agreement" not in r.result],
-            f"has no agreement and no costs: {tables.OLDER}",
+            f"No agreement and no costs, as {tables.OLDER}",
         ),
-        ([r for r in taught if r.complete and r.result.get("agreement", ...) is None], "could not compare the actions"),
-        ([r for r in records if r.complete and r.video(VIDEO) is None], "has no video of its student"),
+        (
+            [r for r in taught if r.complete and r.result.get("agreement", ...) is None],
+            "The actions could not be compared",
+        ),
+        ([r for r in records if r.complete and r.video(VIDEO) is None], "No video of the student"),
     )
-    return [f"{', '.join(str(record.folder) for record in found)} {text}." for found, text in kinds if found]
+    return [f"{text}: {', '.join(str(record.folder) for record in found)}." for found, text in kinds if found]
 
 
 def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
