@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.bins import to_actions
+from rpd_sb3.bins import acted
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.teacher_access import find_vec_teacher
 from rpd_sb3.envs.views import token_bins
@@ -82,7 +82,7 @@ class Pairs:
 
     def _continuous(self, tokens: np.ndarray) -> np.ndarray:
         assert self._n_bins is not None
-        return to_actions(tokens, self._n_bins, self._bounds).clip(-1.0, 1.0)  # as ActionTokens acts
+        return acted(tokens, self._n_bins, self._bounds)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The student's actions, the teacher's, and the teacher's std if it has one, (n, A) each."""

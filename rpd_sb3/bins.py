@@ -64,3 +64,8 @@ def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) ->
     """
     actions = centres(n_bins)[tokens]
     return (actions if bounds is None else bounds.scaled(actions)).astype(np.float32)
+
+
+def acted(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
+    """What an environment behind ``ActionTokens`` is given for tokens: their actions, within [-1, 1]; as :func:`to_actions`."""
+    return to_actions(tokens, n_bins, bounds).clip(-1.0, 1.0)

@@ -81,22 +81,25 @@ def wilson_interval(k: int, n: int, z: float = 1.959963984540054) -> tuple[float
 
 
 def student_actor(model: BaseAlgorithm) -> Actor:
-    """The model's deterministic action; recurrent models keep their state from step to step.
-
-    An observation gets the same action, bit for bit, whatever the number of environments: on the CPU, rounding depends on
-    the batch size unless it is a multiple of 8 (measured: 5e-9 for an MLP), and contacts amplify what small differences there are.
-    """
+    """The model's deterministic action, of :func:`in_eights`; recurrent models keep their state from step to step."""
     state: Any = None
 
     def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
         nonlocal state
-        n = len(episode_starts)
-        rows = np.arange(-(-n // 8) * 8) % n
-        obs = {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
-        actions, state = model.predict(obs, state=state, episode_start=episode_starts[rows], deterministic=True)
-        return actions[:n]
+        obs, starts = in_eights(obs, len(episode_starts)), in_eights(episode_starts, len(episode_starts))
+        actions, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
+        return actions[: len(episode_starts)]
 
     return act
+
+
+def in_eights(batch: Any, n: int) -> Any:
+    """A batch, array or mapping, with its n rows repeated up to a multiple of 8.
+
+    Otherwise rounding on the CPU depends on the batch size (measured: 5e-9 for an MLP), and contacts amplify it.
+    """
+    rows = np.arange(-(-n // 8) * 8) % n
+    return {key: value[rows] for key, value in batch.items()} if isinstance(batch, dict) else batch[rows]
 
 
 def teacher_actor(venv: VecEnv) -> Actor:
@@ -199,14 +202,11 @@ class Evaluator:
                 episodes += play(venv, act)
         return summarise(episodes[:n_episodes])
 
-    def show_teacher(self, shown: bool) -> None:
-        """Whether the teacher sees the episodes from now on: its images need not be rendered for the student's.
-
-        :param shown: False: the teacher sees nothing, and can neither be evaluated nor asked
-        """
-        if shown != self._shown and self._teacher is not None:
+    def hide_teacher(self) -> None:
+        """From now on render nothing for the teacher, which can neither be evaluated nor asked any more."""
+        if self._shown and self._teacher is not None:
             self.close()
-        self._shown = shown
+        self._shown = False
 
     def close(self) -> None:
         if self._venv is not None:

@@ -93,21 +93,18 @@ class Job:
         from rpd_sb3.envs.factory import check_env_id
         from rpd_sb3.exporting.deploy import input_specs
         from rpd_sb3.exporting.observations import read
+        from rpd_sb3.players import check_observations
         from rpd_sb3.session import probe
 
-        space = self.export.policy.observation_space
-        specs = input_specs(space)
+        specs = input_specs(self.export.policy.observation_space)
         if self.args.observations:
             return read(self.args.observations, [spec["name"] for spec in specs], specs)
         check_env_id(self.env_id)
         shown = probe(self.env_id, self.env_kwargs, None)
         try:
-            self.export.policy.obs_to_tensor(shown.sample())
-        except (ValueError, KeyError, AssertionError) as error:
-            raise ValueError(
-                f"{self.export.model_file} was trained on {space}, but env {self.env_id!r} shows {shown}; give observations "
-                "with --observations FILE.npz"
-            ) from error
+            check_observations(self.export.model, shown, str(self.export.model_file), self.env_id)
+        except ValueError as error:
+            raise ValueError(f"{error}; give observations with --observations FILE.npz") from error
         return None
 
     def run(self, interrupt: Interrupt) -> int:

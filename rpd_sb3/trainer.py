@@ -176,7 +176,7 @@ class Trainer:
         print(f"teacher {session.teacher.spec.name}: {describe(self.teacher)}", flush=True)
         obs = session.config.env_kwargs.get("obs", "state")
         if obs == "state" and any(name.startswith("images.") for name in session.teacher.spec.inputs):
-            session.evaluator.show_teacher(False)  # the student's evaluations need not render
+            session.evaluator.hide_teacher()  # the student's evaluations need not render
 
     def _report(self, timesteps: int, result: EvalResult) -> None:
         print(f"{timesteps:>10,} steps: {describe(result)}", flush=True)

@@ -131,7 +131,7 @@ def test_actions_without_a_size_have_no_agreement() -> None:
 def test_a_teacher_that_was_hidden_is_shown_the_episodes_again() -> None:
     teacher = position_teacher()
     with closing(evaluator(teacher)) as evaluate:
-        evaluate.show_teacher(False)
+        evaluate.hide_teacher()
         assert evaluate.student(student()).n_episodes == 3
         assert teacher.queries == []
         assert measure_agreement(evaluate, student()) is not None

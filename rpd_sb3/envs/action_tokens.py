@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.bins import N_BINS, Bounds, to_actions, to_tokens
+from rpd_sb3.bins import N_BINS, Bounds, acted, to_tokens
 from rpd_sb3.envs.views import token_bins
 
 
@@ -43,8 +43,7 @@ class ActionTokens(gym.ActionWrapper):
 
     def action(self, action: np.ndarray) -> np.ndarray:
         """Bin centres (A,) float32 of tokens (A,)."""
-        actions = to_actions(np.asarray(action), self.n_bins, self.token_bounds)
-        return actions if self.token_bounds is None else actions.clip(-1.0, 1.0)
+        return acted(np.asarray(action), self.n_bins, self.token_bounds)
 
 
 def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = None) -> np.ndarray:

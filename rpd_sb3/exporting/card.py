@@ -10,6 +10,7 @@ import yaml
 
 from rpd_sb3 import runtime
 from rpd_sb3.exporting.formats import FILES
+from rpd_sb3.reporting.words import count
 
 FIGURES = {"learning_curve.png": "learning_curve.png", "video.mp4": "replay.mp4"}
 """Files of a run and their names in the export; Hugging Face shows ``replay.mp4`` next to the card."""
@@ -124,7 +125,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         + (f", distilled from the teacher `{teacher['name']}`" if teacher else "")
         + f" with `{manifest['training']['algorithm']}`"
         " of rpd_sb3 ([Refined Policy Distillation](https://arxiv.org/abs/2503.05833))."
-        f" {_count(manifest['parameters']['policy'])} parameters; {_latency(manifest)}.",
+        f" {count(manifest['parameters']['policy'])} parameters; {_latency(manifest)}.",
         "## Use",
         f"```python\n{snippet(manifest)}```",
         _USAGE[manifest["format"]],
@@ -251,10 +252,6 @@ def _origin(manifest: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
     ]
     return "\n".join(lines)
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
 
 
 def _latency(manifest: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from rpd_sb3.exporting.manifest import file_facts
+from rpd_sb3 import runtime
 
 
 class UploadError(RuntimeError):
@@ -45,7 +45,7 @@ def upload(folder: Path, repo_id: str, token: str) -> str:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token, library_name="rpd_sb3")
     try:
         api.create_repo(repo_id, exist_ok=True)
-        files = [*file_facts(folder), "policy.json"]
+        files = [*runtime.read_manifest(folder)["files"], runtime.MANIFEST]
         url = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message="Export")
     except Exception as error:  # the library beneath huggingface_hub, and with it the exceptions, differ by version
         raise UploadError(

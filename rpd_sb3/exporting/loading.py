@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rpd_sb3 import runtime
-from rpd_sb3.evaluation import Actor
+from rpd_sb3.evaluation import Actor, in_eights
 from rpd_sb3.exporting import architecture
 from rpd_sb3.exporting.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
 from rpd_sb3.exporting.formats import FILES, load_safetensors, load_torch, torch_act
@@ -38,9 +38,7 @@ def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
     tokens = manifest.get("tokens")
     policy = architecture.build(manifest.get("policy"), str(folder / runtime.MANIFEST))
     load_safetensors(path, policy)
-    if [spec["shape"] for spec in input_specs(policy.observation_space)] != [
-        s["shape"] for s in manifest["observation"]
-    ]:
+    if [spec["shape"] for spec in input_specs(policy.observation_space)] != [spec["shape"] for spec in specs]:
         raise ValueError(
             f"{str(folder / runtime.MANIFEST)!r}: observation and policy are of different shapes; export the run again"
         )
@@ -58,9 +56,7 @@ def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
 
     def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
         n = len(episode_starts)
-        rows = np.arange(-(-n // 8) * 8) % n
-        seen = camera_view(obs, space)
-        return policy({k: v[rows] for k, v in seen.items()} if isinstance(seen, dict) else seen[rows])[:n]
+        return policy(in_eights(camera_view(obs, space), n))[:n]
 
     return act
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3 import runs, runtime
-from rpd_sb3.bins import to_actions
+from rpd_sb3.bins import acted
 from rpd_sb3.exporting import architecture, manifest
 from rpd_sb3.exporting.card import copy_figures, write_card, write_package
 from rpd_sb3.exporting.deploy import DeployablePolicy, input_specs, numbers_of_parameters
@@ -90,13 +90,13 @@ def write_export(
         else:
             content["policy"] = architecture.describe(export.policy)
             write_safetensors(path, export.policy)
-        _save_manifest(temporary, content)
         answers = _reference(export, observations)
-        content["parity"] |= _parity(load_export(temporary), observations, answers, content["parity"]["tolerance"])
         rows = {"obs/" + name: array[:N_CHECK] for name, array in observations.items()}
         np.savez_compressed(temporary / runtime.CHECK, **rows, **{k: v[:N_CHECK] for k, v in answers.items()})  # type: ignore[arg-type]
         _save_manifest(temporary, content)
-        latency = load_export(temporary).latency()
+        written = load_export(temporary)
+        content["parity"] |= _parity(written, observations, answers, content["parity"]["tolerance"])
+        latency = written.latency()
         content["latency_ms"] = {"median": round(latency.median_ms, 4), "p95": round(latency.p95_ms, 4), "batch": 1}
         content["latency_ms"] |= {"threads": 1, "cpu": runtime.cpu_name()}
         if export.format == "onnx":
@@ -143,7 +143,7 @@ def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str,
     if export.tokens is None:
         return {"action": predicted}
     bounds = manifest.token_bounds(export.tokens)
-    actions = to_actions(predicted, export.tokens["n_bins"], bounds).clip(-1.0, 1.0)
+    actions = acted(predicted, export.tokens["n_bins"], bounds)
     return {"action": actions, "tokens": predicted}
 
 
