@@ -20,13 +20,15 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from rpd_sb3 import demonstrations, recording
 from rpd_sb3.algos import GRPO, OPD, SFT
-from rpd_sb3.envs import VecTeacher, make_vec_env
-from rpd_sb3.evaluation import Evaluator
+from rpd_sb3.demos import files as demonstrations
+from rpd_sb3.demos import record as recording
+from rpd_sb3.envs import make_vec_env
+from rpd_sb3.episodes.play import Evaluator
+from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.students import RunningNorm, TokenPolicy
-from rpd_sb3.teachers.scripted import ScriptedTeacher
-from rpd_sb3.warm_start import load_weights
+from rpd_sb3.students.warm_start import load_weights
+from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
 
 RESULTS = Path(__file__).parent / "results" / "forgetting.json"
 SEEN, UNSEEN = "PullCube-v1", "PushCube-v1"

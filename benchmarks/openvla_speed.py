@@ -28,7 +28,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from rpd_sb3.teachers.base import Query
+from rpd_sb3.contract.teacher import Query
 from rpd_sb3.teachers.openvla.checkpoint import TEXT_DEFAULTS, open_checkpoint
 from rpd_sb3.teachers.openvla.loading import load_model
 from rpd_sb3.teachers.openvla.model import Batch, OpenVLAModel, batch_texts

@@ -28,9 +28,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from rpd_sb3.envs import VecTeacher
+from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherSpec
-from rpd_sb3.teachers.client import RemoteTeacher
+from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 ACTION_SPACE = spaces.Box(-1.0, 1.0, (7,), np.float32)
@@ -89,10 +89,10 @@ def serve(input_name: str, seconds: float) -> None:
     """What the process of :func:`service` does: the parts of ``python -m rpd_sb3.serve``, with our teacher."""
     import uvicorn
 
-    from rpd_sb3.serve import bind
-    from rpd_sb3.serving.app import Service, make_app
-    from rpd_sb3.serving.engine import Engine
-    from rpd_sb3.serving.metrics import Metrics
+    from rpd_sb3.serve.__main__ import bind
+    from rpd_sb3.serve.app import Service, make_app
+    from rpd_sb3.serve.engine import Engine
+    from rpd_sb3.serve.metrics import Metrics
 
     engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics("teacher"))
     listener = bind("127.0.0.1", 0)

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, TeacherSpec
-from rpd_sb3.teachers.client import RemoteTeacher
+from rpd_sb3.contract.teacher import Labels, LocalTeacher, Query, TeacherSpec
+from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "serving_ray.json"

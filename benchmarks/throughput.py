@@ -21,8 +21,9 @@ import torch as th
 from stable_baselines3 import PPO
 
 from rpd_sb3.algos import RPD
-from rpd_sb3.envs import VecTeacher, make_vec_env
-from rpd_sb3.on_policy import OnPolicyDistillation
+from rpd_sb3.algos.loop import OnPolicyDistillation
+from rpd_sb3.envs import make_vec_env
+from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.teachers import make_teacher
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"

@@ -55,7 +55,7 @@ manifest = json.loads((expert / "policy.json").read_text())
 print(json.dumps(manifest["observation"], indent=2), json.dumps(manifest["action"], indent=2))
 
 # %% Act. On a robot: `pip install numpy onnxruntime`, copy the folder, `from runtime import load`.
-from rpd_sb3.runtime import load  # noqa: E402
+from rpd_sb3.export.runtime import load  # noqa: E402
 
 policy = load(expert)
 image = np.zeros((128, 128, 3), np.uint8)  # what a camera gives: height, width, channels

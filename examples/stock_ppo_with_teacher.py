@@ -14,7 +14,8 @@ import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from rpd_sb3.envs import VecTeacher, make_vec_env
+from rpd_sb3.envs import make_vec_env
+from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.teachers import make_teacher
 
 

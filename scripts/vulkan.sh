@@ -6,7 +6,7 @@ source "$(dirname "$0")/common.sh"
 needed=23.2
 
 python=$(find_python)
-probe() { "$python" "$root/rpd_sb3/vulkan.py"; }
+probe() { "$python" "$root/rpd_sb3/doctor/vulkan.py"; }
 if probe > /dev/null 2>&1; then
     exit 0
 fi

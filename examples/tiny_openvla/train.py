@@ -26,8 +26,8 @@ import torch as th
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from rpd_sb3 import demonstrations
-from rpd_sb3.bins import Bounds, to_tokens
+from rpd_sb3.contract.bins import Bounds, to_tokens
+from rpd_sb3.demos import files as demonstrations
 from rpd_sb3.teachers.openvla.checkpoint import TEXT_DEFAULTS, read_normalization
 from rpd_sb3.teachers.openvla.images import Preprocessor
 from rpd_sb3.teachers.openvla.model import Batch, OpenVLAModel, batch_texts

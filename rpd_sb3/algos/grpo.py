@@ -11,9 +11,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from rpd_sb3.algos.loop import OnPolicyDistillation
+from rpd_sb3.algos.losses import group_advantage
 from rpd_sb3.envs.groups import begin_groups, check_groups
-from rpd_sb3.losses import group_advantage
-from rpd_sb3.on_policy import OnPolicyDistillation
 
 
 class Episode(NamedTuple):

@@ -14,11 +14,10 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
+from rpd_sb3.algos.buffers import LabelledSamples
 from rpd_sb3.algos.grpo import GRPO
-from rpd_sb3.algos.sft import clone
-from rpd_sb3.buffers import LabelledSamples
-from rpd_sb3.envs.action_tokens import find_token_bounds
-from rpd_sb3.losses import (
+from rpd_sb3.algos.loop import Student
+from rpd_sb3.algos.losses import (
     DIVERGENCES,
     floored,
     k3,
@@ -29,8 +28,9 @@ from rpd_sb3.losses import (
     token_log_prob,
     top1_agreement,
 )
-from rpd_sb3.on_policy import Student
-from rpd_sb3.recording import record
+from rpd_sb3.algos.sft import clone
+from rpd_sb3.demos.record import record
+from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.students.tokens import token_logits
 
 ESTIMATORS = ("full", "sampled")

@@ -10,9 +10,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 
-from rpd_sb3.buffers import LabelledSamples
-from rpd_sb3.losses import floored, gaussian_kl, masked_mean, ratio_weighted, token_divergence
-from rpd_sb3.on_policy import OnPolicyDistillation, Student, TeacherError
+from rpd_sb3.algos.buffers import LabelledSamples
+from rpd_sb3.algos.loop import OnPolicyDistillation, Student, TeacherError
+from rpd_sb3.algos.losses import floored, gaussian_kl, masked_mean, ratio_weighted, token_divergence
 from rpd_sb3.students.tokens import token_logits
 
 DIRECTIONS = ("forward", "reverse")

@@ -13,9 +13,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from rpd_sb3.buffers import LabelledSamples
-from rpd_sb3.demonstrations import each
-from rpd_sb3.losses import (
+from rpd_sb3.algos.buffers import LabelledSamples
+from rpd_sb3.algos.loop import OnPolicyDistillation, Student
+from rpd_sb3.algos.losses import (
     advantage_weight,
     calibrated,
     gated_mix,
@@ -23,7 +23,7 @@ from rpd_sb3.losses import (
     token_divergence,
     token_entropy,
 )
-from rpd_sb3.on_policy import OnPolicyDistillation, Student
+from rpd_sb3.demos.files import each
 from rpd_sb3.students.tokens import token_logits
 
 CHUNK = 2048

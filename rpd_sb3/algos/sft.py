@@ -18,10 +18,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 
-from rpd_sb3.bins import Bounds
-from rpd_sb3.demonstrations import Demonstrations, Observation, each, load
+from rpd_sb3.algos.losses import action_mse
+from rpd_sb3.contract.bins import Bounds
+from rpd_sb3.demos.files import Demonstrations, Observation, each, load
 from rpd_sb3.envs.action_tokens import find_token_bounds, targets
-from rpd_sb3.losses import action_mse
 
 LOSSES = ("bc", "mse")
 

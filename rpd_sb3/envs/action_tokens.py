@@ -7,19 +7,19 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.bins import N_BINS, Bounds, acted, to_tokens
-from rpd_sb3.envs.views import token_bins
+from rpd_sb3.contract.bins import N_BINS, Bounds, acted, to_tokens
+from rpd_sb3.labelling.views import token_bins
 
 
 class ActionTokens(gym.ActionWrapper):
     """The environment acts on bin centres: ``MultiDiscrete([n_bins] * A)`` instead of ``Box(-1, 1, (A,))``.
 
-    Bins are exactly OpenVLA's (:mod:`rpd_sb3.bins`): 256 tokens, 255 centres from -0.996 to 0.996.
+    Bins are exactly OpenVLA's (:mod:`rpd_sb3.contract.bins`): 256 tokens, 255 centres from -0.996 to 0.996.
 
     :param env: environment with actions in [-1, 1]
     :param n_bins: tokens of each action dimension
     :param bounds: actions that the ends of the bins stand for, ``(A,)`` each, as a teacher's statistics have them
-        (:func:`rpd_sb3.envs.action_adapter.token_bounds`); None: -1 and 1. What they stand for is clipped to [-1, 1]
+        (:func:`rpd_sb3.contract.conventions.token_bounds`); None: -1 and 1. What they stand for is clipped to [-1, 1]
     :raises ValueError: for another action space, fewer than two tokens, or bounds that do not fit
     """
 

@@ -10,14 +10,14 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from rpd_sb3.bins import N_BINS, Bounds
-from rpd_sb3.envs.action_adapter import token_bounds
+from rpd_sb3.contract.bins import N_BINS, Bounds
+from rpd_sb3.contract.conventions import token_bounds
+from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.teacher import TeacherSpec
 from rpd_sb3.envs.action_tokens import ActionTokens
 from rpd_sb3.envs.groups import EpisodeSeeds
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
-from rpd_sb3.names import closest
-from rpd_sb3.teachers.base import TeacherSpec
 
 VEC_ENVS = ("subproc", "dummy")
 Tokens = bool | int | Mapping[str, Any]

@@ -19,10 +19,10 @@ from mani_skill.utils import common
 from mani_skill.utils.logging_utils import logger as maniskill_logger
 from mani_skill.utils.wrappers import CPUGymWrapper
 
+from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
+from rpd_sb3.contract.privileged import field_slices
+from rpd_sb3.contract.teacher import TEACHER_PREFIX
 from rpd_sb3.envs.tasks import TASKS
-from rpd_sb3.teachers.base import TEACHER_PREFIX
-from rpd_sb3.teachers.privileged import SIZE as PRIVILEGED_SIZE
-from rpd_sb3.teachers.privileged import field_slices
 
 OBS_MODES = ("state", "rgb", "rgb+state")
 REWARD_MODES = ("sparse", "dense")
@@ -237,7 +237,7 @@ class ManiSkillAdapter(gym.Wrapper):
         return np.concatenate([common.to_numpy(part) for part in parts]).astype(np.float32)
 
     def _privileged(self) -> np.ndarray:
-        """The vector laid out in :mod:`rpd_sb3.teachers.privileged`, (S,)."""
+        """The vector laid out in :mod:`rpd_sb3.contract.privileged`, (S,)."""
         assert self.task is not None
         # SAPIEN's own objects: ManiSkill's make batched tensors of each pose, which took a tenth of the whole step.
         robot = self._scene.agent.robot._objs[0]

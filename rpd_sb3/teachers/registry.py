@@ -6,8 +6,8 @@ import importlib
 import inspect
 from typing import Any
 
-from rpd_sb3.names import closest
-from rpd_sb3.teachers.base import Teacher, TeacherSpec
+from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.teacher import Teacher, TeacherSpec
 
 TEACHERS = (
     "scripted",
@@ -21,7 +21,7 @@ TEACHERS = (
 MODELS = {
     "openvla": ("rpd_sb3.teachers.openvla.teacher", "OpenVLATeacher", "pip install 'rpd_sb3[openvla]'"),
     "octo": ("rpd_sb3.teachers.octo", "OctoTeacher", "install requirements/octo.txt"),
-    "openpi": ("rpd_sb3.teachers.openpi", "OpenPITeacher", "pip install 'rpd_sb3[openpi]'"),
+    "openpi": ("rpd_sb3.teachers.openpi.teacher", "OpenPITeacher", "pip install 'rpd_sb3[openpi]'"),
 }
 """Kind to module, class, and how to get what it needs."""
 
@@ -40,7 +40,7 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """
     kind, _, rest = name.partition(":")
     if kind == "scripted" and not rest:
-        from rpd_sb3.teachers.scripted import ScriptedTeacher
+        from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
 
         _check_arguments(ScriptedTeacher, name, kwargs, given=1)
         return ScriptedTeacher(env_id, **kwargs)
@@ -52,7 +52,7 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     if kind in MODELS and rest:
         return _make_model(name, kind, rest, kwargs)
     if kind in ("http", "https"):
-        from rpd_sb3.teachers.client import RemoteTeacher
+        from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 
         _check_arguments(RemoteTeacher, name, kwargs, given=1)
         return RemoteTeacher(name.split(","), **kwargs)

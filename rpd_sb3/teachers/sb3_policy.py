@@ -15,7 +15,7 @@ from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space_channels_first
 
-from rpd_sb3.teachers.base import Labels, LocalTeacher, Query, TeacherSpec
+from rpd_sb3.contract.teacher import Labels, LocalTeacher, Query, TeacherSpec
 
 _ALGORITHM_OF_POLICY: dict[str, type[BaseAlgorithm]] = {
     "stable_baselines3.common.policies": PPO,  # and every other algorithm with an actor-critic policy

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.names import closest
+from rpd_sb3.contract.names import closest
 from rpd_sb3.teachers.octo.package import explained, first_line, import_model_class
 
 ACTION_SIZE = 7

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Dict, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-Frame = Dict[str, np.ndarray]
+Frame = dict[str, np.ndarray]
 """Images (H, W, 3) uint8 of one step, by their names in Octo."""
 
 

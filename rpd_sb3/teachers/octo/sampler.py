@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 
 from rpd_sb3.teachers.octo.checkpoint import ACTION_SIZE
 
-Tree = Dict[str, Any]
+Tree = dict[str, Any]
 """Arrays by name, nested."""
 MAX_INSTRUCTIONS = 1024
 """Whose tokens are kept."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.teachers.base import GRIPPERS, Labels, LocalTeacher, Query, TeacherSpec
+from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.octo.checkpoint import (
     ACTION_SIZE,
     HUB,
@@ -49,7 +49,7 @@ class OctoTeacher(LocalTeacher):
     :param camera: whose images are Octo's primary ones
     :param wrist_camera: whose images are those of its wrist camera; None: it does without
     :param seed: of the samples
-    :param gripper: convention of the checkpoint's dataset, one of :data:`~rpd_sb3.teachers.base.GRIPPERS`; None: not known
+    :param gripper: convention of the checkpoint's dataset, one of :data:`~rpd_sb3.contract.teacher.GRIPPERS`; None: not known
     :param rotation: the same for rotations, ``axis_angle`` or ``euler_xyz``; None: not known
     :param rotation_sign: -1 if the environment turns the hand the other way than that of the demonstrations
     :param control_mode: controller that the actions are meant for; None: not tied to one

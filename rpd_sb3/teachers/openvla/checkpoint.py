@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rpd_sb3.names import closest
+from rpd_sb3.contract.names import closest
 
 TEXT_DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,

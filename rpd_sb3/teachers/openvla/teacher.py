@@ -11,8 +11,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from rpd_sb3.bins import Bounds, to_actions
-from rpd_sb3.teachers.base import GRIPPERS, Labels, LocalTeacher, Query, TeacherError, TeacherSpec
+from rpd_sb3.contract.bins import Bounds, to_actions
+from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherError, TeacherSpec
 from rpd_sb3.teachers.openvla.checkpoint import open_checkpoint
 from rpd_sb3.teachers.openvla.graphs import GraphRunner, Tensors
 from rpd_sb3.teachers.openvla.images import Preprocessor, check_images
@@ -45,7 +45,7 @@ class OpenVLATeacher(LocalTeacher):
     :param resize: ``pil`` (exact) or ``tensor`` (:class:`~rpd_sb3.teachers.openvla.images.Preprocessor`)
     :param center_crop: for models that were fine-tuned with random crops
     :param cuda_graphs: record a graph for each batch size on a GPU; the first answer of a size takes some seconds
-    :param gripper: the checkpoint's convention, one of :data:`~rpd_sb3.teachers.base.GRIPPERS`
+    :param gripper: the checkpoint's convention, one of :data:`~rpd_sb3.contract.teacher.GRIPPERS`
     :param rotation: the checkpoint's convention, where it is known
     :param rotation_sign: -1 if the environment turns the hand the other way than that of the demonstrations
     :param control_mode: ManiSkill controller that the checkpoint was trained for; None: not checked

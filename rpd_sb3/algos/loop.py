@@ -1,0 +1,300 @@
+"""The only training loop: PPO with two seams for distillation. Shape letters: B minibatch, A action dimensions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor, safe_mean, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional as F
+
+from rpd_sb3.algos.augmentation import shifted_images
+from rpd_sb3.algos.buffers import (
+    Imitation,
+    LabelledDictRolloutBuffer,
+    LabelledRolloutBuffer,
+    LabelledSamples,
+    LabelReplay,
+    Student,
+)
+from rpd_sb3.algos.losses import clipped_surrogate, standardised
+from rpd_sb3.algos.training_log import log_update
+from rpd_sb3.contract.teacher import TeacherError
+from rpd_sb3.labelling.access import check_teacher, set_label_fraction
+
+Self = TypeVar("Self", bound="OnPolicyDistillation")
+
+TAKEN = "taken_action"
+"""Column of the label replay beside the labels: what the student did."""
+MAX_MISSING = 0.5
+"""Share of labels of one rollout that may fail to come before training stops."""
+
+
+class OnPolicyDistillation(PPO):
+    """PPO with two seams; bit-identical to SB3's PPO as long as nothing is distilled.
+
+    Subclasses say which labels they need and override :meth:`prepare_rollout`, :meth:`distill_loss`, or both. The
+    environment has to carry a teacher: ``VecTeacher`` around the VecEnv, or ``TeacherWrapper`` around each environment.
+
+    ``target_kl`` stops the surrogate (and with it the entropy bonus) for the rest of the update, never the distillation
+    term or the value loss: imitation alone moves a policy with a small std beyond any usual limit within minibatches.
+
+    :param policy: as in PPO
+    :param env: as in PPO, with a teacher
+    :param distill_coef: weight of the distillation term, a number or a schedule of the remaining progress; at 0 the
+        teacher is not asked
+    :param success_cutoff: success rate of the last training episodes at which the reward takes over: the weight is 0 from
+        there on, and back if the success rate falls below half of that. A hand-over, not a ramp: under Adam a term that
+        is alone moves the policy as far with a small weight as with a large one. None: no hand-over
+    :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
+        larger one than the policy gradient does. None: the same
+    :param label_fraction: share of transitions to label
+    :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
+        0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
+    :param replay_batch_size: pairs drawn from it for each minibatch; None: as many as the minibatch has
+    :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.algos.augmentation`)
+    :param ppo_coef: weight of the surrogate
+    :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
+    :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
+        would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
+    :param kwargs: PPO's arguments
+    :raises ValueError: if an argument is out of range, or the environment has no teacher that gives the labels
+    """
+
+    needs: frozenset[str] = frozenset()
+    """Labels that the teacher must give."""
+
+    def __init__(
+        self,
+        policy: Any,
+        env: GymEnv | str | None,
+        *,
+        distill_coef: float | Schedule = 1.0,
+        success_cutoff: float | None = None,
+        reward_learning_rate: float | None = None,
+        label_fraction: float = 1.0,
+        label_replay: int = 0,
+        replay_batch_size: int | None = None,
+        image_shift: int = 0,
+        ppo_coef: float = 1.0,
+        clip_range_high: float | None = None,
+        advantage_std_floor: float = 0.0,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        checks = {
+            f"distill_coef={distill_coef} must not be negative": callable(distill_coef) or distill_coef >= 0,
+            f"success_cutoff={success_cutoff} must lie in (0, 1]": success_cutoff is None or 0 < success_cutoff <= 1,
+            f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
+            f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
+            f"label_replay={label_replay} must not be negative": label_replay >= 0,
+            f"replay_batch_size={replay_batch_size} must be positive": replay_batch_size is None
+            or replay_batch_size > 0,
+            f"image_shift={image_shift} must not be negative": image_shift >= 0,
+            f"ppo_coef={ppo_coef} must not be negative": ppo_coef >= 0,
+            f"clip_range_high={clip_range_high} must be positive": (clip_range_high or 1) > 0,
+            f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{type(self).__name__}: {message}")
+        super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
+        self.distill_coef: float | Schedule = distill_coef
+        self.success_cutoff = success_cutoff
+        self.reward_learning_rate = reward_learning_rate
+        self.label_fraction = label_fraction
+        self.label_replay = label_replay
+        self.replay_batch_size, self.image_shift = replay_batch_size, image_shift
+        self.ppo_coef = ppo_coef
+        self.clip_range_high, self.advantage_std_floor = clip_range_high, advantage_std_floor
+        self._current_distill_coef, self._handed_over = 0.0, False
+        if _init_setup_model:
+            self._check_teacher()
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        if self.rollout_buffer_class is None:
+            dict_obs = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
+        super()._setup_model()
+        self.distill_coef = FloatSchedule(self.distill_coef)
+        self.label_replay_buffer = LabelReplay(self.label_replay) if self.label_replay else None
+
+    def prepare_rollout(self) -> None:
+        """Edit the full rollout buffer once, before it is shuffled."""
+
+    def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
+        """The term that ``distill_coef`` weighs, to be minimised.
+
+        :param batch: minibatch with labels
+        :param student: the current policy on it
+        :return: scalar, and values to log under ``train/``
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs {set(self.needs)} but defines no distill_loss")
+
+    def schedule_distill_coef(self) -> float:
+        """Weight of the distillation term for the coming rollout."""
+        if self.success_cutoff is not None and self.ep_success_buffer:
+            success_rate = safe_mean(self.ep_success_buffer)
+            cutoff = self.success_cutoff / 2 if self._handed_over else self.success_cutoff
+            self._handed_over = success_rate >= cutoff
+        return 0.0 if self._handed_over else float(self.distill_coef(self._current_progress_remaining))  # type: ignore[operator]
+
+    def surrogate_coef(self) -> float:
+        """Weight of the surrogate in the coming update."""
+        return self.ppo_coef
+
+    def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
+        """What the imitation term is computed on: the minibatch, or pairs from the label replay."""
+        replays = self.label_replay_buffer is not None and self.label_replay_buffer.size > 0
+        if not replays and self.image_shift == 0:
+            return Imitation(student.distribution, batch.labels, batch.labelled)
+        obs, actions, targets, labelled = batch.observations, batch.actions, batch.labels, batch.labelled
+        if replays:
+            observations, labels = self.label_replay_buffer.sample(self.replay_batch_size or len(labelled))  # type: ignore[union-attr]
+            targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
+            obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
+            labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
+        obs = shifted_images(obs, self.observation_space, self.image_shift)
+        tokens = hasattr(self.policy, "distribution_on")  # each depends on those before it
+        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator]
+        return Imitation(distribution, targets, labelled)
+
+    def _check_teacher(self) -> None:
+        if self.needs and self.env is not None:
+            check_teacher(type(self).__name__, self.needs, self.env)
+
+    def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """As in PPO; TensorBoard's log name is that of the class.
+
+        :raises ValueError: if the environment has no teacher that gives the labels
+        """
+        self._check_teacher()
+        named = {} if len(args) >= 4 else {"tb_log_name": type(self).__name__}
+        return super().learn(*args, **(named | kwargs))
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        # SB3 does this after each rollout; the first one of a resumed training would go by where the last training ended.
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        self._current_distill_coef = self.schedule_distill_coef()
+        if self.needs:
+            set_label_fraction(env, self.label_fraction if self._current_distill_coef > 0 else 0.0)
+        completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if self.needs and not completed:
+            # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
+            # the consequences) of the one after.
+            self._last_obs, self._last_episode_starts = callback.locals["new_obs"], callback.locals["dones"]
+        return completed
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # SB3 calls this once for each step that goes into the rollout buffer, and never for an aborted one.
+        super()._update_info_buffer(infos, dones)
+        self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
+
+    def _gather_labels(self) -> None:
+        buffer: Any = self.rollout_buffer
+        missing = buffer.gather_labels(self.needs)
+        if not self.needs or self._current_distill_coef == 0:
+            return
+        if missing > MAX_MISSING:
+            raise TeacherError(f"{missing:.0%} of this rollout's labels are missing; at most {MAX_MISSING:.0%} may")
+        if not buffer.labels and self.label_fraction == 1.0:
+            raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
+        self.logger.record("rollout/missing_labels", missing)
+        if self.label_replay_buffer is not None:
+            columns = {TAKEN: buffer.actions, **buffer.labels}
+            self.label_replay_buffer.extend(buffer.observations, columns, where=buffer.labelled)
+
+    def train(self) -> None:
+        """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        if self._handed_over and self.reward_learning_rate is not None:
+            update_learning_rate(self.policy.optimizer, self.reward_learning_rate)
+            self.logger.record("train/learning_rate", self.reward_learning_rate)
+        self._gather_labels()
+        self.prepare_rollout()
+        buffer: Any = self.rollout_buffer
+        distils = self._current_distill_coef > 0 and bool(buffer.labels)
+        use_surrogate = True
+        logs: defaultdict[str, list[float]] = defaultdict(list)
+
+        for epoch in range(self.n_epochs):
+            logs["approx_kl"].clear()  # like SB3, log that of the last epoch
+            for batch in buffer.get(self.batch_size):
+                student, surrogate, value_loss, approx_kl = self._ppo_losses(batch, logs)
+                exceeded = self.target_kl is not None and approx_kl > 1.5 * self.target_kl
+                if use_surrogate and exceeded and self.verbose >= 1:
+                    print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
+                use_surrogate = use_surrogate and not exceeded
+                loss = self.vf_coef * value_loss
+                if use_surrogate or not distils:
+                    loss = surrogate + loss
+                if distils:
+                    distill_loss, values = self.distill_loss(batch, student)
+                    loss = loss + self._current_distill_coef * distill_loss
+                    for name, value in {"distill_loss": distill_loss.item(), **values}.items():
+                        logs[name].append(value)
+                logs["loss"] = [loss.item()]
+                if not (use_surrogate or distils):
+                    break
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not (use_surrogate or distils):
+                break
+        log_update(self, logs)
+        if self.needs or "distill_loss" in logs:
+            self.logger.record("train/distill_coef", self._current_distill_coef)
+
+    def _ppo_losses(
+        self, batch: LabelledSamples, logs: defaultdict[str, list[float]]
+    ) -> tuple[Student, th.Tensor, th.Tensor, float]:
+        """Surrogate (with entropy bonus), value loss and approximate KL of one minibatch, as SB3 computes them."""
+        actions = batch.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        student = Student(copy(self.policy.action_dist), values.flatten(), log_prob, entropy)
+
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        probs = log_prob, batch.old_log_prob
+        policy_loss, ratio = clipped_surrogate(*probs, self._advantages(batch), clip_range, self.clip_range_high)
+        values_pred = student.values
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            values_pred = batch.old_values + th.clamp(student.values - batch.old_values, -clip_range_vf, clip_range_vf)
+        value_loss = F.mse_loss(batch.returns, values_pred)
+        entropy_loss = -th.mean(-log_prob) if entropy is None else -th.mean(entropy)
+        with th.no_grad():
+            log_ratio = log_prob - batch.old_log_prob
+            approx_kl = th.mean((th.exp(log_ratio) - 1) - log_ratio).item()
+            clip_fraction = th.mean((th.abs(ratio - 1) > clip_range).float()).item()
+        logs["policy_gradient_loss"].append(policy_loss.item())
+        logs["value_loss"].append(value_loss.item())
+        logs["entropy_loss"].append(entropy_loss.item())
+        logs["clip_fraction"].append(clip_fraction)
+        logs["approx_kl"].append(approx_kl)
+        return student, self.surrogate_coef() * policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
+
+    def _advantages(self, batch: LabelledSamples) -> th.Tensor:
+        if self.normalize_advantage and len(batch.advantages) > 1:  # one sample has no std, see SB3's issue #325
+            return standardised(batch.advantages, self.advantage_std_floor)
+        return batch.advantages
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "label_replay_buffer"]

@@ -1,0 +1,1 @@
+"""The command that records a teacher's episodes."""

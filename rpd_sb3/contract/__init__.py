@@ -1,0 +1,1 @@
+"""What teachers, wrappers and algorithms agree on; it imports nothing of ours."""

@@ -1,0 +1,133 @@
+"""What a teacher is: a spec, a query, the labels that answer it.
+
+Shape letters: N queries in a batch, A action dimensions, S state values, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from gymnasium import spaces
+
+TEACHER_PREFIX = "teacher/"
+"""Observation keys with this prefix are the teacher's view; the student never sees them."""
+
+GRIPPERS = {"-1..1": (-1.0, 1.0), "0..1": (0.0, 1.0), "1..-1": (1.0, -1.0), "1..0": (1.0, 0.0)}
+"""Values of a closed and of an open gripper: ManiSkill's, OpenVLA's and Octo's, and the same upside down."""
+
+Labels = dict[str, np.ndarray]
+"""Label name (``action``, ``std``, ``logits``, ...) to an array whose first dimension is N."""
+
+
+class TeacherError(RuntimeError):
+    """The teacher gave no answer, or an answer that cannot be used."""
+
+
+class TeacherUnavailable(TeacherError):
+    """No answer this time; the same question may be answered later.
+
+    :param message: what happened
+    :param retry_after: seconds that the teacher asks for; 0: it did not say
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Query(NamedTuple):
+    """A batch of questions: what would the teacher have done here?
+
+    ``inputs`` maps the teacher's input names to arrays with first dimension N: ``privileged`` (N, S) float32,
+    ``state`` (N, S) float32, ``images.<camera>`` (N, H, W, 3) uint8, ``instruction`` (N,) str.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    env_ids: np.ndarray
+    """(N,) int: which environment asks."""
+    episode_starts: np.ndarray
+    """(N,) bool: True where a teacher with a memory starts afresh: at the first observation of an episode, and where the
+    observation before was not asked about."""
+    actions: np.ndarray | None = None
+    """(N, ...) what the student does there, for teachers that score it; None when nobody acted."""
+    number: int | None = None
+    """Counts the queries of one asker, so that a teacher with a memory knows a question that is repeated; None: it
+    is never repeated."""
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher needs and gives; checked against the environment before training starts."""
+
+    name: str
+    labels: frozenset[str]
+    inputs: tuple[str, ...]
+    action_space: spaces.Space
+    image_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Camera name to (H, W); cameras that are not listed may have any size."""
+    control_mode: str | None = None
+    """Controller the actions are meant for; None: not tied to one."""
+    env_id: str | None = None
+    """The only environment that the teacher knows; None: any."""
+    stateful: bool = False
+    """True if answers depend on earlier queries of the same environment."""
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Input name to the shape of one query; inputs that are not listed may have any."""
+    n_bins: int | None = None
+    """Bins of each action dimension, where the teacher has ``logits``."""
+    gripper: str | None = None
+    """The last dimension, closed to open: one of :data:`GRIPPERS`; None: no gripper, or the environment's own."""
+    rotation: str | None = None
+    """How the action turns the hand, e.g. ``axis_angle`` (ManiSkill's) or ``euler_xyz``; None: not known."""
+    unnorm_key: str | None = None
+    """Dataset whose statistics un-normalise the actions; None: there is no such choice."""
+    rotation_sign: int = 1
+    """-1 if the environment turns the other way: dimensions 3 to 5 of an action are to be negated."""
+    token_bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """The actions (in the teacher's own convention) that the ends of the bins stand for; None: -1 and 1."""
+    n_parameters: int | None = field(default=None, compare=False)
+    """Weights of its network, for reports; None: it has none, or does not know. Replicas may differ in it."""
+    n_bytes: int | None = field(default=None, compare=False)
+    """What they take in memory."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Anything that answers queries. Implementations must not keep references to the query's arrays."""
+
+    spec: TeacherSpec
+
+    def submit(self, query: Query) -> Future[Labels]:
+        """Start answering and return at once."""
+        ...
+
+    def close(self) -> None:
+        """Release threads, sockets and memory; further queries are an error."""
+        ...
+
+
+class LocalTeacher:
+    """A teacher in this process: implement :meth:`label`; one worker thread answers in the order of asking."""
+
+    spec: TeacherSpec
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+
+    def label(self, query: Query) -> Labels:
+        """Answer a query.
+
+        :param query: N questions
+        :return: one array per name in ``spec.labels``, first dimension N
+        """
+        raise NotImplementedError
+
+    def submit(self, query: Query) -> Future[Labels]:
+        return self._executor.submit(self.label, query)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Recorded episodes and their files."""

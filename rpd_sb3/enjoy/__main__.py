@@ -1,0 +1,110 @@
+"""Watch a student, an export or a teacher, or film it: ``python -m rpd_sb3.enjoy --run logs/rpd_ppo/PickCube-v1_1 --record pick.mp4``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rpd_sb3.cli.common import (
+    RUN_ERROR,
+    Interrupt,
+    Parser,
+    add_player_flags,
+    check_at_least,
+    check_player,
+    check_training_side,
+    print_error,
+    run_command,
+)
+
+
+def make_parser() -> Parser:
+    """Every flag."""
+    parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
+    add = parser.add_argument
+    add_player_flags(parser, "watch", n_episodes=5)
+    add("--record", metavar="FILE", help="film it, as .mp4 or .gif, instead of showing a window")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play, and return the exit code: 2 for a mistake of the user's, 1 if playing failed, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda: Job(check(argv)))
+
+
+def check(argv: Sequence[str]) -> Any:
+    """The command line, as far as it can be checked by itself.
+
+    :raises ValueError: with what is wrong
+    """
+    check_training_side()
+    args = make_parser().parse_args(argv)
+    check_at_least(vars(args), {"n_episodes": 1, "seed": 0})
+    if args.record is not None and not Path(args.record).absolute().parent.is_dir():
+        raise ValueError(
+            f"--record {args.record}: folder {str(Path(args.record).parent)!r} does not exist; make it first"
+        )
+    check_player(args)
+    return args
+
+
+class Job:
+    """Somebody on a stage, and somebody who looks.
+
+    :param args: of :func:`check`
+    :raises ValueError: for any mistake of the user's
+    :raises TeacherError: if a teacher service does not answer
+    """
+
+    def __init__(self, args: Any) -> None:
+        from rpd_sb3.episodes.film import Film, Stage, Window
+        from rpd_sb3.evaluate.policy_source import open_player
+
+        self.args = args
+        with ExitStack() as closing:
+            look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
+            self.player = open_player(args, closing)
+            self.stage = closing.enter_context(Stage(self.player, look))
+            self._closing = closing.pop_all()
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Play the episodes, and say how each one went."""
+        from rpd_sb3.episodes.play import describe, summarise
+
+        print(f"{self.player.name} on {self.player.env_id}", flush=True)
+        episodes = []
+        try:
+            for i in range(self.args.n_episodes):
+                episode = self.stage.play(self.args.seed + i)
+                episodes.append(episode)
+                print(f"episode {i + 1}, seed {self.args.seed + i}: {in_words(episode)}", flush=True)
+        except (ValueError, OSError) as error:
+            print_error(error)
+            return RUN_ERROR
+        print(f"{len(episodes)} episodes: {describe(summarise(episodes))}")
+        if self.args.record is not None:
+            self._closing.close()  # the film ends here
+            print(f"{self.args.record} {Path(self.args.record).stat().st_size / 1e6:.1f} MB")
+        return 0
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def in_words(episode: Any) -> str:
+    """How one episode went, in a line.
+
+    :param episode: an :class:`rpd_sb3.episodes.play.Episode`
+    """
+    success = {None: "", True: "success, ", False: "no success, "}[episode.once]
+    if episode.once and not episode.at_end:
+        success = "success, lost again, "
+    return f"{success}length {episode.length}, return {episode.ret:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

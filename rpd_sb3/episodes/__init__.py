@@ -1,0 +1,1 @@
+"""Playing episodes: for a result, for a film, for a comparison."""

@@ -1,0 +1,161 @@
+"""One environment that somebody plays in and somebody looks at, on a film or in a window."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from rpd_sb3.envs import make_env
+from rpd_sb3.envs.factory import evaluation_options
+from rpd_sb3.episodes.play import Episode, play
+from rpd_sb3.evaluate.policy_source import Player
+from rpd_sb3.labelling import VecTeacher
+
+FORMATS = (".mp4", ".gif")
+
+
+class Film:
+    """Writes frames to a file, H.264 in yuv420p, which every browser plays, or GIF.
+
+    :param path: ``.mp4`` or ``.gif`` file
+    :raises ValueError: for another suffix, or if imageio is missing
+    """
+
+    render_mode = "rgb_array"
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in FORMATS or path.is_dir():
+            raise ValueError(f"{path} cannot be a film; name a file that ends in {' or '.join(FORMATS)}")
+        try:
+            import imageio.v2 as imageio
+        except ImportError as error:
+            raise ValueError("imageio is not installed: pip install imageio imageio-ffmpeg") from error
+        self._imageio, self._path = imageio, path
+        self._writer: Any = None
+
+    def __call__(self, env: gym.Env) -> None:
+        """Add what the environment looks like.
+
+        :raises ValueError: if it does not render an RGB image
+        """
+        frame = np.asarray(env.render())
+        if not (frame.ndim == 3 and frame.shape[-1] == 3):
+            raise ValueError(f"the environment renders something of shape {frame.shape}")
+        if self._writer is None:
+            fps = frame_rate(env)
+            if self._path.suffix == ".gif":
+                options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0}
+            else:
+                options = {"fps": fps, "codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}
+            self._writer = self._imageio.get_writer(self._path, **options)
+        self._writer.append_data(frame)
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Window:
+    """Shows the environment in a window, at its own speed.
+
+    :raises ValueError: if there is no display
+    """
+
+    render_mode = "human"
+
+    def __init__(self) -> None:
+        if sys.platform.startswith("linux") and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+            raise ValueError("there is no display to show a window on; film it instead, with --record FILE.mp4")
+        self._due = 0.0
+
+    def __call__(self, env: gym.Env) -> None:
+        env.render()
+        time.sleep(max(0.0, self._due - time.monotonic()))
+        self._due = time.monotonic() + 1 / frame_rate(env)
+
+
+class Stage:
+    """One environment with a player in it; its episodes are those of an :class:`~rpd_sb3.episodes.play.Evaluator`.
+
+    :param player: who plays, and where
+    :param look: called with the environment at the start of each episode and after each step
+    :raises ValueError: if the environment does not render, or does not fit the player
+    """
+
+    def __init__(self, player: Player, look: Film | Window) -> None:
+        teacher = player.teacher
+        options = evaluation_options(player.env_id, player.env_kwargs)
+        spec = None if teacher is None else teacher.spec
+        try:
+            env = make_env(player.env_id, teacher=spec, render_mode=look.render_mode, **options)
+        except (gym.error.Error, TypeError, ImportError, RuntimeError) as error:
+            raise ValueError(f"env {player.env_id!r} does not render: {error}") from error
+        self.venv: VecEnv = DummyVecEnv([lambda: Camera(env, look)])
+        try:
+            if teacher is not None:
+                self.venv = VecTeacher(self.venv, teacher, label_fraction=0.0)
+            self._act = player.actor(self.venv)
+        except ValueError:
+            self.close()
+            raise
+
+    def play(self, seed: int) -> Episode:
+        """Play the episode of that seed."""
+        self.venv.seed(seed)
+        (episode,) = play(self.venv, self._act)
+        return episode
+
+    def close(self) -> None:
+        self.venv.close()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Camera(gym.Wrapper):
+    """Looks at the environment after each step, and at the start of those episodes that are asked for by their seed.
+
+    A VecEnv resets an environment as soon as its episode ends, and nobody wants to see that.
+
+    :param env: that renders
+    :param look: called with the environment
+    """
+
+    def __init__(self, env: gym.Env, look: Callable[[gym.Env], None]) -> None:
+        super().__init__(env)
+        self._look = look
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        result = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self._look(self.env)
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        result = self.env.step(action)
+        self._look(self.env)
+        return result
+
+
+def frame_rate(env: gym.Env) -> int:
+    """Steps a second of the environment's time, 30 if it does not say."""
+    return int(getattr(env.unwrapped, "control_freq", None) or env.metadata.get("render_fps") or 30)

@@ -1,0 +1,1 @@
+"""The command that measures the success of a policy."""

@@ -1,0 +1,127 @@
+"""Evaluate a student, an export of one, or a teacher: ``python -m rpd_sb3.evaluate --run logs/rpd_ppo/PickCube-v1_1``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rpd_sb3.cli.common import (
+    Interrupt,
+    Parser,
+    add_player_flags,
+    add_vec_env_flag,
+    check_at_least,
+    check_player,
+    check_training_side,
+    run_command,
+    whole_number,
+)
+
+
+def make_parser() -> Parser:
+    """Every flag."""
+    parser = Parser(prog="python -m rpd_sb3.evaluate", description=__doc__)
+    add = parser.add_argument
+    add_player_flags(parser, "evaluate", n_episodes=100)
+    add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
+    add_vec_env_flag(parser, default="subproc")
+    add("--json", metavar="FILE", help="write the numbers to a file; - for stdout instead of the table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, and return the exit code: 2 for a mistake of the user's, 1 if the evaluation failed, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda: Job(check(argv)))
+
+
+def check(argv: Sequence[str]) -> Any:
+    """The command line, as far as it can be checked by itself.
+
+    :raises ValueError: with what is wrong
+    """
+    check_training_side()
+    args = make_parser().parse_args(argv)
+    check_player(args)
+    check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1})
+    return args
+
+
+class Job:
+    """One evaluation, built and ready to run.
+
+    :param args: of :func:`check`
+    :raises ValueError: for any mistake of the user's
+    """
+
+    def __init__(self, args: Any) -> None:
+        from rpd_sb3.episodes.play import Evaluator
+        from rpd_sb3.evaluate.policy_source import open_player
+
+        self.args = args
+        with ExitStack() as closing:
+            self.player = open_player(args, closing)
+            self.evaluator = Evaluator(
+                self.player.env_id,
+                self.player.env_kwargs,
+                n_episodes=args.n_episodes,
+                seed=args.seed,
+                n_envs=args.n_envs,
+                vec_env=args.vec_env,
+                teacher=self.player.teacher,
+            )
+            closing.callback(self.evaluator.close)
+            # A teacher may not need all that the environments show: the evaluator makes them itself.
+            self.act = None if self.player.teacher else self.player.actor(self.evaluator.venv)
+            self._closing = closing.pop_all()
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Play the episodes and show how they went."""
+        player = self.player
+        result = self.evaluator.teacher() if self.act is None else self.evaluator.evaluate(self.act)
+        content = {"name": player.name, "env": player.env_id, "seed": self.args.seed} | result.summary()
+        if self.args.json == "-":
+            print(json.dumps(content, indent=2))
+            return 0
+        _show(content)
+        if self.args.json:
+            from rpd_sb3.train.folder import write_json
+
+            write_json(Path(self.args.json), content)
+        return 0
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def _show(content: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    low, high = content["ci95"] or (None, None)
+    cells = {
+        "episodes": str(content["n_episodes"]),
+        "success once": percent(content["success_once"]),
+        "95 % interval": f"{percent(low)} to {percent(high)}",
+        "at end": percent(content["success_at_end"]),
+        "return": f"{content['mean_return']:.2f}",
+        "length": f"{content['mean_length']:.1f}",
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in cells:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(*cells.values())
+    print(f"{content['name']} on {content['env']}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""``policy.json``: what the policy takes and gives, where it comes from, and how good it is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from gymnasium import spaces
+
+from rpd_sb3.contract.bins import Bounds
+from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.export import runtime
+from rpd_sb3.export.deploy import input_specs
+from rpd_sb3.export.observations import POSE_ACTION
+from rpd_sb3.train import folder as runs
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript", "safetensors")
+SECRETS = ("token",)
+"""Options of teachers that are nobody else's business."""
+
+
+def package_name(env_id: str, algo: str) -> str:
+    """A name for the export that Python can import: ``PushCube-v1`` and ``rpd_ppo`` give ``pushcube_v1_rpd_ppo``.
+
+    :param env_id: environment of the run
+    :param algo: its algorithm
+    """
+    name = re.sub(r"\W+", "_", f"{re.split(r'[/:]', env_id)[-1]}_{algo}".lower(), flags=re.ASCII)
+    return name if name.isidentifier() else f"policy_{name}"
+
+
+def token_spec(env_kwargs: Mapping[str, Any], space: spaces.Space) -> dict[str, Any] | None:
+    """Which actions the policy's tokens stand for; None if it has none, or its tokens are the environment's own.
+
+    :param env_kwargs: of the run, with the bounds written out
+    :param space: of the policy's actions
+    """
+    tokens = env_kwargs.get("tokens", False)
+    if tokens is False or not isinstance(space, spaces.MultiDiscrete):
+        return None
+    bounds = tokens if isinstance(tokens, Mapping) else {}
+    return {"n_bins": int(space.nvec[0]), "low": bounds.get("low"), "high": bounds.get("high")}
+
+
+def token_bounds(tokens: Mapping[str, Any] | None) -> Bounds | None:
+    """The bounds in a manifest's ``tokens``."""
+    if tokens is None or tokens["low"] is None:
+        return None
+    return Bounds(np.asarray(tokens["low"], np.float64), np.asarray(tokens["high"], np.float64))
+
+
+def action_spec(space: spaces.Space, tokens: Mapping[str, Any] | None, control_mode: str | None) -> dict[str, Any]:
+    """What the exported policy gives, ready for JSON.
+
+    :param space: of the policy's actions
+    :param tokens: of :func:`token_spec`: then the export gives the actions in [-1, 1] that they stand for
+    :param control_mode: ManiSkill controller
+    """
+    shape = list(space.shape or ())
+    names = POSE_ACTION if control_mode == "pd_ee_delta_pose" and shape == [len(POSE_ACTION)] else None
+    if tokens is not None:
+        return {"shape": shape, "dtype": "float32", "low": -1.0, "high": 1.0, "names": names}
+    if isinstance(space, spaces.Box):
+        box = input_specs(space)[0]
+        return {"shape": shape, "dtype": "float32", "low": box["low"], "high": box["high"], "names": names}
+    if isinstance(space, spaces.MultiBinary):
+        return {"shape": shape, "dtype": "float32", "low": 0, "high": 1, "names": None}
+    n = [space.n] if isinstance(space, spaces.Discrete) else space.nvec.flatten().tolist()  # type: ignore[attr-defined]
+    high = [int(k) - 1 for k in n]
+    return {"shape": shape, "dtype": "int64", "low": 0, "high": high if shape else high[0], "names": None}
+
+
+def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
+    """What the policy was trained on.
+
+    :param run: its run
+    :param model_file: the model exported
+    :param which: ``best`` or ``last``
+    """
+    result = _read_yaml(run.folder / "result.json")
+    versions = _read_yaml(run.folder / "versions.yml")
+    lines = run.folder / "command.txt"
+    command = lines.read_text(encoding="utf-8").strip() if lines.is_file() else None
+    return {
+        "algorithm": run.args["algo"],
+        "model": which,
+        "env_steps": runs.timesteps(model_file),
+        "run_env_steps": result.get("timesteps"),
+        "run_teacher_labels": result.get("teacher_queries"),
+        "labels_counted_from_step": result.get("resumed_at"),
+        "demonstrations": run.config.get("demonstrations"),
+        "seed": run.args.get("seed"),
+        "git_commit": versions.get("git_commit"),
+        "versions": {key: versions[key] for key in ("rpd_sb3", "torch", "stable-baselines3") if key in versions},
+        "command": None if command is None else without_secrets(command),
+    }
+
+
+def teacher_facts(run: runs.SavedRun) -> dict[str, Any] | None:
+    """The teacher's name and options."""
+    if run.config.get("teacher") is None:
+        return None
+    kwargs = {key: value for key, value in run.config.get("teacher_kwargs", {}).items() if key not in SECRETS}
+    return {"name": run.config["teacher"], "kwargs": kwargs}
+
+
+def without_secrets(command: str) -> str:
+    """A command line without the tokens in it."""
+    return re.sub(rf"\b({'|'.join(SECRETS)}):\S+", r"\1:...", command)
+
+
+def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
+    """How often the exported model and its teacher succeeded, with Wilson's intervals.
+
+    :param run: its run
+    :param model_file: the model exported
+    :param which: ``best`` or ``last``
+    :return: ``student`` and ``teacher``, None where nothing was measured
+    """
+    student = _evaluation_at(run.folder / "evaluations.npz", runs.timesteps(model_file))
+    if student is not None:
+        student["model"] = which
+        if which == "best" and student["n_evaluations"] > 1:
+            student["note"] = (
+                f"the best of {student['n_evaluations']} evaluations, which is optimistic: a fresh evaluation is "
+                "python -m rpd_sb3.evaluate --export"
+            )
+    return {"student": student, "teacher": _read_yaml(run.folder / "result.json").get("teacher")}
+
+
+def _evaluation_at(path: Path, timesteps: int) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    arrays = runtime.read_arrays(path)
+    rows = np.flatnonzero(arrays["timesteps"] == timesteps)
+    if not len(rows):
+        return None
+    row = rows[-1]
+    n = len(arrays["results"][row])
+    result: dict[str, Any] = {
+        "success_once": None,
+        "success_at_end": None,
+        "n_episodes": n,
+        "ci95": None,
+        "mean_return": float(arrays["results"][row].mean()),
+        "mean_length": float(arrays["ep_lengths"][row].mean()),
+        "timesteps": timesteps,
+        "n_evaluations": len(arrays["timesteps"]),
+    }
+    if "successes" in arrays:
+        k = int(arrays["successes"][row].sum())
+        result |= {
+            "success_once": k / n,
+            "success_at_end": float(arrays["successes_at_end"][row].mean()),
+            "ci95": list(wilson_interval(k, n)),
+        }
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the export was made with; the machine's name is not among them."""
+    found = {key: value for key, value in runs.versions().items() if key != "platform"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_facts(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file of an export, the manifest itself excepted."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != runtime.MANIFEST
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file of the run; empty if it is not there, e.g. after an interruption."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}

@@ -1,0 +1,162 @@
+"""Observations to compare policies on, and what the environment says about itself."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from rpd_sb3.contract.teacher import GRIPPERS
+from rpd_sb3.envs import make_env
+from rpd_sb3.envs.factory import is_maniskill
+from rpd_sb3.envs.tasks import TASKS
+from rpd_sb3.export import runtime
+from rpd_sb3.export.deploy import camera_view, input_spaces
+
+N_OBSERVATIONS = 256
+SEED = 30_000
+"""Of the first episode that observations are recorded in: neither one of training nor one of evaluation."""
+POSE_ACTION = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+PROPRIOCEPTION = "9 joint positions, 9 joint velocities, position and quaternion (w x y z) of the tool centre point"
+
+
+class Recorded(NamedTuple):
+    """What the policy has seen while it played."""
+
+    observations: dict[str, np.ndarray]
+    """Input name to ``(n, ...)``; images channels last."""
+    environment: dict[str, Any]
+    """For the manifest."""
+
+
+def with_image_size(env_id: str, env_kwargs: Mapping[str, Any], space: spaces.Space) -> dict[str, Any]:
+    """The options with the size of the policy's images written out, which otherwise depends on the teacher's.
+
+    :param env_id: environment of the run
+    :param env_kwargs: options of the run
+    :param space: observation space of the policy
+    """
+    sizes = [inner.shape[-1] for inner in input_spaces(space).values() if inner.shape and len(inner.shape) == 3]
+    if not sizes or "image_size" in env_kwargs or not is_maniskill(env_id):
+        return dict(env_kwargs)
+    return dict(env_kwargs) | {"image_size": int(sizes[0])}
+
+
+def record(env_id: str, env_kwargs: Mapping[str, Any], model: BaseAlgorithm, n: int = N_OBSERVATIONS) -> Recorded:
+    """Observations of whole episodes that the policy plays deterministically.
+
+    :param env_id: environment of the run
+    :param env_kwargs: its options, those of the run
+    :param model: who plays
+    :param n: observations to record
+    """
+    env = make_env(env_id, **env_kwargs)
+    try:
+        rows: list[Any] = []
+        episode, done = 0, True
+        while len(rows) < n:
+            if done:
+                obs, _ = env.reset(seed=SEED + episode)
+                episode += 1
+            rows.append(camera_view(_copy(obs), env.observation_space))
+            action, _ = model.predict(obs, deterministic=True)
+            obs, _, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+        names = list(input_spaces(model.observation_space))
+        single = not isinstance(rows[0], dict)
+        arrays = {name: np.stack([row if single else row[name] for row in rows]) for name in names}
+        return Recorded(_as_inputs(arrays), facts_of_config(env_id, env_kwargs) | _facts_of(env, env_id))
+    finally:
+        env.close()
+
+
+def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Observations from an ``.npz`` file with an array ``(n, ...)`` for each input.
+
+    :param path: the file
+    :param names: of the inputs
+    :param specs: of the inputs
+    :raises ValueError: if it is no such file, or its arrays do not fit
+    """
+    try:
+        arrays = runtime.read_arrays(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--observations {path} is no .npz file without pickles: {error}") from error
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(
+            f"--observations {path} has {', '.join(arrays) or 'nothing'}, but the policy takes {', '.join(names)}: "
+            f"{', '.join(missing)} is missing"
+        )
+    for spec in specs:
+        array, shape, dtype = arrays[spec["name"]], tuple(spec["shape"]), spec["dtype"]
+        fits = array.dtype == dtype or (dtype == "float32" and array.dtype.kind == "f")
+        if not fits or array.shape[1:] != shape or not len(array):
+            raise ValueError(
+                f"--observations {path}: {spec['name']} is {array.dtype} {array.shape}, the policy takes {dtype} {('n', *shape)}"
+            )
+    if len({len(arrays[name]) for name in names}) > 1:
+        raise ValueError(f"--observations {path}: the inputs have different numbers of rows")
+    return _as_inputs({name: arrays[name] for name in names})
+
+
+def facts_of_config(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of an environment that is not at hand.
+
+    :param env_id: environment
+    :param env_kwargs: its options
+    """
+    task = TASKS.get(env_id)
+    control_mode = env_kwargs.get("control_mode") or ("pd_ee_delta_pose" if task else None)
+    moves_hand = control_mode == "pd_ee_delta_pose"
+    closed, opened = GRIPPERS["-1..1"]
+    return {
+        "id": env_id,
+        "env_kwargs": {key: value for key, value in env_kwargs.items() if key != "tokens"},
+        "instruction": task.instruction if task else None,
+        "control_mode": control_mode,
+        "control_freq": None,
+        "camera": None,
+        "gripper": {"closed": closed, "open": opened} if moves_hand else None,
+    }
+
+
+def _facts_of(env: gym.Env, env_id: str) -> dict[str, Any]:
+    """What the environment says of itself."""
+    if not is_maniskill(env_id):
+        return {}
+    scene: Any = env.unwrapped
+    facts: dict[str, Any] = {"control_mode": scene.control_mode, "control_freq": scene.control_freq}
+    arm = getattr(scene.agent.controller, "controllers", {}).get("arm")
+    if scene.control_mode == "pd_ee_delta_pose" and arm is not None:
+        facts["action_scale"] = {"metres": float(arm.config.pos_upper), "radians": float(arm.config.rot_upper)}
+    view: Any = env.get_wrapper_attr("view")
+    if view.obs != "state":
+        config = scene.scene.sensors["base_camera"].config
+        facts["camera"] = {
+            "name": view.camera,
+            "width": view.image_size,
+            "height": view.image_size,
+            "pose": np.asarray(config.pose.raw_pose[0].cpu(), np.float64).round(6).tolist(),
+            "pose_layout": "position x y z in metres, quaternion w x y z, of the camera in the world",
+            "fov": None if config.fov is None else float(config.fov),
+        }
+    if view.obs == "rgb+state":
+        facts["state"] = PROPRIOCEPTION
+    return facts
+
+
+def _copy(obs: Any) -> Any:
+    return {key: np.array(value) for key, value in obs.items()} if isinstance(obs, dict) else np.array(obs)
+
+
+def _as_inputs(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """In the dtypes that the graph takes: uint8 or float32."""
+    return {
+        name: np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+        for name, array in arrays.items()
+    }

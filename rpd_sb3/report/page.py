@@ -1,0 +1,180 @@
+"""A report as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import rpd_sb3
+from rpd_sb3.report import tables, words
+from rpd_sb3.report.figures import COLOURS, Line, draw
+from rpd_sb3.report.groups import Curve, Group
+from rpd_sb3.report.records import TEACHER_VIDEO, VIDEO, Record
+
+UPDATES = (
+    ("train/entropy_loss", "entropy of the student", "nats", "linear"),
+    ("train/approx_kl", "KL of an update", "nats", "log"),
+    ("train/distill_loss", "distillation loss", "loss", "linear"),
+    ("train/distill_kl", "KL to the teacher", "nats", "linear"),
+    ("train/reverse_kl", "reverse KL to the teacher", "nats", "linear"),
+    ("train/forward_kl", "forward KL to the teacher", "nats", "linear"),
+)
+"""Columns of ``progress.csv`` that are drawn where there are any: title, unit, scale. SB3 logs the entropy with a minus;
+the KL of the first updates can be a thousand times that of the others."""
+
+
+class Figure(NamedTuple):
+    title: str
+    svg: Markup
+
+
+class Film(NamedTuple):
+    """Teacher and student on the same seeds, as base64; None where there is no video."""
+
+    name: str
+    teacher: str | None
+    student: str | None
+    taught: bool
+    """False: there is no teacher that could have been filmed."""
+
+
+def render(environments: Mapping[str, Sequence[Group]]) -> str:
+    """The page.
+
+    :param environments: to their groups
+    """
+    template = Environment(
+        loader=PackageLoader("rpd_sb3.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html")
+    records = [record for groups in environments.values() for group in groups for record in group.records]
+    return template.render(
+        title=words.finding(environments),
+        sections=[section(f"e{i}", env, groups) for i, (env, groups) in enumerate(environments.items())],
+        n_runs=len(records),
+        version=rpd_sb3.__version__,
+        colours=COLOURS,
+    )
+
+
+def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
+    """What the template shows of one environment.
+
+    :param name: prefix of the ids in it
+    """
+    records = [record for group in groups for record in group.records]
+    taught = [group for group in groups if group.teacher_name is not None]
+    agreements = [(group, tables.agreement_table(group)) for group in taught]
+    return {
+        "env": env,
+        "groups": groups,
+        "remarks": remarks(groups),
+        "any_teacher": any(group.teacher_value is not None for group in groups),
+        "curves": learning_curves(name, env, groups),
+        "success": tables.success_table(groups),
+        "costs": tables.cost_table(groups),
+        "agreements": [(group.label, table) for group, table in agreements if table is not None],
+        "updates": update_curves(name, env, groups),
+        "films": [film for group in groups if (film := find_film(group)) is not None],
+        "differences": tables.difference_table(groups),
+        "configs": [(group.label, tables.config_rows(group)) for group in groups],
+        "commands": [(record, "\n".join(record.commands)) for record in records if record.commands],
+        "runs": [(group.label, record, _outcome(group, record)) for group in groups for record in group.records],
+    }
+
+
+def remarks(groups: Sequence[Group]) -> list[str]:
+    """What is missing, and of which runs."""
+    records = [record for group in groups for record in group.records]
+    taught = [record for record in records if record.has_teacher]
+    kinds = (
+        ([r for r in records if not r.complete], "Not ended, or stopped; the numbers are those so far"),
+        ([r for r in taught if not r.result.get("teacher")], "Teacher not evaluated"),
+        (
+            [r for r in taught if r.complete and "agreement" not in r.result],
+            f"No agreement and no costs, as {tables.OLDER}",
+        ),
+        (
+            [r for r in taught if r.complete and r.result.get("agreement", ...) is None],
+            "The actions could not be compared",
+        ),
+        ([r for r in records if r.complete and r.video(VIDEO) is None], "No video of the student"),
+    )
+    return [f"{text}: {', '.join(str(record.folder) for record in found)}." for found, text in kinds if found]
+
+
+def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
+    """Success at some step and at the last one, or the return where there is no success."""
+    if all(group.has_success for group in groups):
+        kinds = [
+            ("once", "success_once", "success at any step"),
+            ("at_end", "success_at_end", "success at the last step"),
+        ]
+    else:
+        kinds = [("returns", "mean_return", "return of an episode")]
+    scale = "share" if kinds[0][0] == "once" else "linear"
+    figures = []
+    for field, key, title in kinds:
+        lines = []
+        for colour, group in enumerate(groups):
+            curve = group.curve(lambda record, field=field: _evaluated(record, field))  # type: ignore[misc]
+            if curve is None:
+                continue
+            seeds = [
+                Curve(steps, y, y * 0) for r in group.records if (both := _evaluated(r, field)) for steps, y in [both]
+            ]
+            level = tables.mean(record.teacher(key) for record in group.records)
+            lines.append(Line(curve, colour, seeds, level))
+        if lines:
+            describe = f"{title} over environment steps on {env}: {', '.join(group.label for group in groups)}"
+            svg = draw(f"{name}{field}", describe, lines, title.split()[0], scale)
+            figures.append(Figure(title.capitalize(), Markup(svg)))
+    return figures
+
+
+def update_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
+    """What the updates have logged, where they have."""
+    figures = []
+    for number, (column, title, unit, scale) in enumerate(UPDATES):
+        sign = -1.0 if column == "train/entropy_loss" else 1.0
+        lines = []
+        for colour, group in enumerate(groups):
+            curve = group.curve(lambda record, column=column: record.progress.get(column))  # type: ignore[misc]
+            if curve is not None:
+                lines.append(Line(Curve(curve.steps, sign * curve.mean, curve.std), colour))
+        if lines:
+            svg = draw(f"{name}u{number}", f"{title} over environment steps on {env}", lines, unit, scale)
+            figures.append(Figure(title[0].upper() + title[1:], Markup(svg)))
+    return figures
+
+
+def find_film(group: Group) -> Film | None:
+    """The videos of the group's first run that has both, or else one."""
+    best = max(group.records, key=lambda r: (r.video(VIDEO) is not None) + (r.video(TEACHER_VIDEO) is not None))
+    student, teacher = (
+        None if path is None else _base64(path.read_bytes()) for path in map(best.video, (VIDEO, TEACHER_VIDEO))
+    )
+    return Film(f"{group.label}, seed {best.seed}", teacher, student, best.has_teacher) if student or teacher else None
+
+
+def _evaluated(record: Record, field: str) -> tuple[np.ndarray, np.ndarray] | None:
+    rows = getattr(record.evaluations, field)
+    return None if rows is None else (record.evaluations.timesteps, rows.mean(axis=1))
+
+
+def _outcome(group: Group, record: Record) -> str:
+    rows = record.evaluations.once if group.has_success else record.evaluations.returns
+    assert rows is not None
+    return words.value(group, float(rows[-1].mean()))
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")

@@ -1,0 +1,189 @@
+"""What a run folder holds for a report; whatever a run has not left behind yet is None or empty.
+
+Shape letters: E evaluations, K episodes of each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rpd_sb3.cli.config import load_yaml
+from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.train.folder import load_run
+
+VIDEO, TEACHER_VIDEO = "video.mp4", "teacher_video.mp4"
+
+
+class Rate(NamedTuple):
+    """A success rate with its 95 % Wilson interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    """Episodes."""
+
+    @classmethod
+    def of(cls, successes: np.ndarray) -> Rate:
+        """That of boolean outcomes, whatever the shape."""
+        k, n = int(successes.sum()), int(successes.size)
+        return cls(k / n, *wilson_interval(k, n), n)
+
+
+class Evaluations(NamedTuple):
+    """``evaluations.npz``. Success is None where the environment does not report it."""
+
+    timesteps: np.ndarray
+    """(E,) environment steps, ascending."""
+    returns: np.ndarray
+    """(E, K)"""
+    lengths: np.ndarray
+    """(E, K)"""
+    once: np.ndarray | None
+    """(E, K) bool, successful at some step."""
+    at_end: np.ndarray | None
+    """(E, K) bool, successful at the last step."""
+
+
+class Record(NamedTuple):
+    """One run."""
+
+    folder: Path
+    args: dict[str, Any]
+    config: dict[str, Any]
+    result: dict[str, Any]
+    """Empty while the run goes on, or if it was killed."""
+    evaluations: Evaluations
+    progress: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Column of ``progress.csv`` to steps and values, where there are any."""
+    commands: list[str]
+    versions: dict[str, Any]
+
+    @property
+    def algo(self) -> str:
+        return self.args["algo"]
+
+    @property
+    def env(self) -> str:
+        return self.args["env"]
+
+    @property
+    def seed(self) -> int:
+        return self.args.get("seed", 0)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.result.get("complete"))
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.config.get("teacher"))
+
+    def video(self, name: str) -> Path | None:
+        """A video of the run, if it was filmed."""
+        path = self.folder / name
+        return path if path.is_file() and path.stat().st_size else None
+
+    def teacher(self, key: str) -> Any:
+        """A number of the teacher's own evaluation; None if there was none."""
+        return (self.result.get("teacher") or {}).get(key)
+
+
+def read_records(folders: Iterable[str]) -> list[Record]:
+    """Read run folders.
+
+    :raises ValueError: if one is none, was named before, holds no evaluation, or is damaged
+    """
+    records: dict[Path, Record] = {}
+    for folder in folders:
+        path = Path(folder).resolve()
+        if path in records:
+            raise ValueError(f"run folder {folder!r} is named twice; name each run once")
+        records[path] = read_record(folder)
+    return list(records.values())
+
+
+def read_record(folder: str) -> Record:
+    """Read one run folder.
+
+    :raises ValueError: if it is none, holds no evaluation, or is damaged
+    """
+    run = load_run(folder)
+    path = run.folder
+    return Record(
+        path,
+        run.args,
+        run.config,
+        _result(path / "result.json"),
+        _evaluations(path / "evaluations.npz", folder),
+        _progress(path / "progress.csv"),
+        _lines(path / "command.txt"),
+        load_yaml(path / "versions.yml") if (path / "versions.yml").is_file() else {},
+    )
+
+
+def _result(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; remove it to report the run without it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
+    return content
+
+
+def _evaluations(path: Path, folder: str) -> Evaluations:
+    if not path.is_file():
+        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        found = Evaluations(
+            arrays["timesteps"],
+            arrays["results"].astype(np.float64),
+            arrays["ep_lengths"],
+            arrays["successes"].astype(bool) if "successes" in arrays else None,
+            arrays["successes_at_end"].astype(bool) if "successes_at_end" in arrays else None,
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    n = len(found.timesteps) if found.timesteps.ndim == 1 else 0
+    if n == 0 or any(rows is not None and (rows.ndim != 2 or len(rows) != n) for rows in found[1:]):
+        raise ValueError(f"{path} is damaged: its arrays are empty or do not belong together")
+    return found
+
+
+def _progress(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Columns with numbers in them; a row that a killed run has left half written is dropped."""
+    columns: dict[str, list[tuple[float, float]]] = {}
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (steps := _number(row, "time/total_timesteps")) is None:
+                continue
+            for name in row:
+                if name and (value := _number(row, name)) is not None:
+                    columns.setdefault(name, []).append((steps, value))
+    return {name: tuple(np.array(pairs).T) for name, pairs in columns.items()}
+
+
+def _number(row: Mapping[str, str | None], name: str) -> float | None:
+    try:
+        value = float(row.get(name) or "")
+    except (ValueError, TypeError):
+        return None
+    return value if np.isfinite(value) else None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -1,0 +1,288 @@
+"""Dynamic batching: many small queries, one thread that owns the teacher."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from rpd_sb3.contract.teacher import Labels, Query, Teacher, TeacherError, TeacherSpec
+from rpd_sb3.serve.batch import Job, Unanswerable, as_arrays, check_finite, check_rows, fit, join, take
+from rpd_sb3.serve.memory import ClientMemory, OutOfStep
+from rpd_sb3.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+RECENT = 1.0
+"""Seconds for which a client counts as active: a batch waits for active clients only."""
+
+
+class Busy(RuntimeError):
+    """Nothing is wrong with the query, but it cannot be answered now."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Engine:
+    """Loads a teacher and answers queries in batches, all in one thread.
+
+    A batch is run when it is full, when every client that was active within the last second has asked, or when its
+    first query has waited for ``max_wait`` with the teacher free. So a lone client never waits.
+
+    :param load: makes the teacher
+    :param max_batch: rows of one call of the teacher
+    :param max_wait: seconds that a query waits for company; None: a quarter of what the last batch took, at least 5 ms
+    :param queue_size: queries that may wait; more are refused
+    :param metrics: where to count
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Teacher],
+        metrics: Metrics,
+        *,
+        max_batch: int = 64,
+        max_wait: float | None = None,
+        queue_size: int = 256,
+    ) -> None:
+        self.metrics, self.max_batch, self.max_wait, self.queue_size = metrics, max_batch, max_wait, queue_size
+        self.memory = ClientMemory()
+        self.spec: TeacherSpec | None = None
+        """Of the loaded teacher; None before."""
+        self.error: str | None = None
+        """Why the teacher could not be loaded, or the thread ended."""
+        self.finished = threading.Event()
+        self._load = load
+        self._queue: deque[Job] = deque()
+        self._batch: list[Job] = []
+        self._active: dict[str, float] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._last_batch = 0.0
+        self._thread = threading.Thread(target=self._run, name="teacher", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        """True while queries are answered."""
+        return self.spec is not None and self.error is None and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Queries in the queue."""
+        return len(self._queue)
+
+    def start(self) -> None:
+        """Begin to load the teacher, and return at once."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> Future[Labels]:
+        """Queue a query; the same answer again for one that is repeated.
+
+        :raises Busy: if the teacher is not ready or the queue is full
+        :raises OutOfStep: if it does not continue what a teacher with a memory knows
+        """
+        with self._wake:
+            if not self.ready:
+                raise Busy(f"the teacher {self.state()}")
+            assert self.spec is not None
+            job.answer.set_running_or_notify_cancel()  # from here on nobody can cancel it: others may wait for it too
+            if self.spec.stateful and job.sequence is not None:
+                known = self.memory.repeated(job.client, job.sequence)
+                if known is not None and not _was_put_off(known):
+                    return known
+            if self.spec.stateful:
+                job.env_ids = self.memory.slots(job.client, job.env_ids, job.episode_starts)
+                if job.sequence is not None:
+                    self.memory.asked(job.client, job.sequence, job.answer)
+            if len(self._queue) >= self.queue_size:
+                busy = Busy(f"the queue is full: {self.queue_size} queries wait")
+                self._fail(job, busy)
+                raise busy
+            self._queue.append(job)
+            self._active[job.client] = job.arrived
+            self.metrics.queue.set(len(self._queue))
+            self._wake.notify()
+        return job.answer
+
+    def state(self) -> str:
+        """What to tell somebody who asks whether the teacher is ready."""
+        if self.error is not None:
+            return f"failed: {self.error}"
+        if self._closing:
+            return "is shutting down"
+        return "is loading" if self.spec is None else "is ready"
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Answer what was accepted, then end the thread and close the teacher."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive() and self.spec is not None:  # nothing was accepted from a teacher that still loads
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        teacher: Teacher | None = None
+        try:
+            teacher = self._load()
+            warm_up(teacher)
+            self.spec = teacher.spec
+            logger.info("teacher %r is ready", teacher.spec.name)
+            while self._next_batch():
+                self._answer(teacher, self._batch)
+                self._batch = []  # its arrays may be large, or somebody's shared memory
+        except BaseException as error:  # whatever a model does, exit() included, is reported here and by the exit code
+            logger.exception("the teacher failed")
+            self.error = f"{type(error).__name__}: {error}"
+        finally:
+            with self._wake:
+                for job in [*self._batch, *self._queue]:
+                    if not job.answer.done():
+                        job.answer.set_exception(Busy(f"the teacher {self.state()}"))
+                self._queue.clear()
+            try:
+                if teacher is not None:
+                    teacher.close()
+            finally:
+                self.finished.set()
+
+    def _next_batch(self) -> bool:
+        """Wait for queries, and take some; False when closing and all are answered."""
+        free = time.monotonic()
+        with self._wake:
+            while not self._queue:
+                if self._closing:
+                    return False
+                self._wake.wait()
+            wait = max(0.005, self._last_batch / 4) if self.max_wait is None else self.max_wait
+            # Not from its arrival during the last batch: two groups of clients would take turns for ever, each half a batch.
+            until = max(self._queue[0].arrived, free) + wait
+            while not self._closing and not self._complete() and (left := until - time.monotonic()) > 0:
+                self._wake.wait(left)
+            self._batch = self._take_batch()
+            self.metrics.queue.set(len(self._queue))
+            return True
+
+    def _take_batch(self) -> list[Job]:
+        """The first query of the queue, and those behind it that fit."""
+        assert self.spec is not None
+        batch: list[Job] = []
+        rows = 0
+        slots: set[int] = set()
+        while self._queue:
+            job = self._queue[0]
+            if batch and not (rows + job.n <= self.max_batch and fit(batch[0], job)):
+                break
+            if self.spec.stateful:
+                if not slots.isdisjoint(job.env_ids.tolist()):
+                    break  # the second query of the same environment needs the memory of the first
+                slots.update(job.env_ids.tolist())
+            batch.append(self._queue.popleft())
+            rows += job.n
+        return batch
+
+    def _complete(self) -> bool:
+        if sum(job.n for job in self._queue) >= self.max_batch:
+            return True
+        now = time.monotonic()
+        self._active = {client: seen for client, seen in self._active.items() if now - seen < RECENT}
+        return set(self._active) <= {job.client for job in self._queue}
+
+    def _answer(self, teacher: Teacher, batch: list[Job]) -> None:
+        live = [job for job in batch if self._admit(job)]
+        if not live:
+            return
+        try:
+            parts = self._ask(teacher, live)
+        except Exception as error:
+            if len(live) > 1 and not teacher.spec.stateful:  # one bad query must not cost the others their answers
+                for job in live:
+                    self._answer(teacher, [job])
+                return
+            logger.warning("the teacher failed on %d queries", len(live), exc_info=True)
+            for job in live:
+                self._fail(job, TeacherError(f"the teacher failed: {type(error).__name__}: {error}"))
+            return
+        for job, labels in zip(live, parts):
+            try:
+                job.still_valid()
+                check_finite(labels)
+            except Exception as error:
+                self._fail(job, error)
+            else:
+                job.answer.set_result(labels)
+
+    def _admit(self, job: Job) -> bool:
+        """True if the query is to be asked now; otherwise it has its answer."""
+        try:
+            if job.deadline < time.monotonic():
+                raise Busy("the query's deadline passed while it waited")
+            job.still_valid()
+            if self.spec is not None and self.spec.stateful:
+                with self._wake:
+                    self.memory.close_gaps(job.env_ids, job.episode_starts, job.sequence)
+        except Exception as error:
+            self._fail(job, error)
+            return False
+        return True
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Answer with an error; a teacher with a memory has not seen the query, or nobody knows what it has seen."""
+        if self.spec is not None and self.spec.stateful and not isinstance(error, (Unanswerable, OutOfStep)):
+            with self._wake:
+                self.memory.missed(job.env_ids, job.sequence if isinstance(error, Busy) else None)
+        job.answer.set_exception(error)
+
+    def _ask(self, teacher: Teacher, jobs: list[Job]) -> list[Labels]:
+        started = time.monotonic()
+        query = jobs[0] if len(jobs) == 1 else join(jobs)
+        answers = []
+        for at in range(0, max(query.n, 1), self.max_batch):
+            rows = slice(at, at + self.max_batch)
+            answers.append(_label(teacher, query if query.n <= self.max_batch else take(query, rows)))
+        labels = answers[0]
+        if len(answers) > 1:
+            labels = {name: np.concatenate([answer[name] for answer in answers]) for name in labels}
+        check_rows(teacher.spec, labels, query.n)
+        self._last_batch = time.monotonic() - started
+        self.metrics.batch(query.n, self._last_batch, [started - job.arrived for job in jobs])
+        ends = np.cumsum([job.n for job in jobs])
+        # Copies: the teacher may use its arrays again, and a kept answer must not keep its whole batch.
+        return [{k: v[end - job.n : end].copy() for k, v in labels.items()} for job, end in zip(jobs, ends)]
+
+
+def warm_up(teacher: Teacher) -> None:
+    """Have the teacher answer once, where the spec says what its inputs look like: the first answer is the slowest."""
+    inputs: dict[str, Any] = {}
+    for name in teacher.spec.inputs:
+        if name == "instruction":
+            inputs[name] = np.array(["do nothing"])
+        elif name.startswith("images."):
+            size = teacher.spec.image_sizes.get(name[len("images.") :])
+            if size is None:
+                return
+            inputs[name] = np.zeros((1, *size, 3), np.uint8)
+        elif name in teacher.spec.input_shapes:
+            inputs[name] = np.zeros((1, *teacher.spec.input_shapes[name]), np.float32)
+        else:
+            return
+    with np.errstate(all="ignore"):
+        query = Job(inputs, 1, np.zeros(1, np.int64), np.ones(1, bool))
+        _label(teacher, query)
+
+
+def _label(teacher: Teacher, job: Job) -> Labels:
+    query = Query(job.inputs, job.env_ids, job.episode_starts, job.actions)
+    label = getattr(teacher, "label", None)  # in this thread, if the teacher can
+    return as_arrays(teacher.spec, label(query) if label is not None else teacher.submit(query).result())
+
+
+def _was_put_off(answer: Future[Labels]) -> bool:
+    """True if the query was given back unanswered, so that the teacher's memory knows nothing of it."""
+    return answer.done() and isinstance(answer.exception(), Busy)

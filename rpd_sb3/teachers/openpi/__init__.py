@@ -1,0 +1,1 @@
+"""A policy server of openpi (pi0, pi0.5) as a teacher."""

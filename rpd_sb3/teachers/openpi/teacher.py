@@ -1,0 +1,285 @@
+"""Policies behind openpi's WebSocket server as teachers: pi0, pi0.5, and whatever else speaks its protocol.
+
+Shape letters: N queries, A action dimensions, T actions of a chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from rpd_sb3.contract.teacher import Labels, Query, TeacherError, TeacherSpec, TeacherUnavailable
+from rpd_sb3.teachers.openpi.chunks import Chunk, ChunkMemory, Step, gather
+from rpd_sb3.teachers.openpi.connection import Connection
+from rpd_sb3.teachers.openpi.messages import pack, resize_with_pad
+from rpd_sb3.wire.urls import OPENPI_API_KEY, openpi_url
+
+logger = logging.getLogger(__name__)
+INPUTS = {"observation/image": "images.human", "prompt": "instruction"}
+"""openpi's key to our input, for policies that see one camera. More: ``observation/wrist_image``, ``observation/state``."""
+CLOSING = 2.0
+"""Seconds that close() waits for its threads."""
+PAUSE = 0.5
+"""Seconds before the third attempt, and between looks at a server that does not listen yet."""
+MAX_PAUSE = 2.0
+"""Seconds before any attempt; the pauses double."""
+
+
+class _Job(NamedTuple):
+    observation: dict[str, Any]
+    answer: Future[np.ndarray]
+    """(T, A)"""
+
+
+class OpenPITeacher:
+    """Asks a policy server of openpi what it would do.
+
+    A server answers one observation at a time on a connection, so a query is spread over several connections; on each,
+    attempts that may succeed later (no connection, no answer in time) are repeated. Actions come as the server gives
+    them, in the first ``action_dim`` dimensions; openpi's models pad theirs to 32.
+
+    :param url: ``HOST:PORT``, or with ws://, wss://, http:// or https:// before it
+    :param inputs: openpi's key to our input (``images.<camera>``, ``state``, ``instruction``); None: one image,
+        ``observation/image: images.human``, and ``prompt: instruction``
+    :param image_size: pixels, images are sent as squares of this size, black where they were none; None: as they are
+    :param action_dim: A
+    :param exec_horizon: T, actions of a chunk that are executed before the server is asked again, counted for each
+        environment from the start of its episode
+    :param control_mode: controller that the actions are meant for; None: not tied to one
+    :param gripper: as in :class:`TeacherSpec`
+    :param rotation: as in :class:`TeacherSpec`
+    :param rotation_sign: as in :class:`TeacherSpec`
+    :param n_connections: observations that are on their way at a time
+    :param max_pending: queries at a time; :meth:`submit` waits for room beyond that
+    :param timeout: seconds for one attempt
+    :param retries: further attempts
+    :param ready_timeout: seconds to wait for a server that does not listen yet
+    :param api_key: that the server wants; None: environment variable ``RPD_SB3_OPENPI_API_KEY``
+    :raises ValueError: for an impossible argument
+    :raises TeacherError: if there is no openpi server, or it wants another key
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        inputs: Mapping[str, str] | None = None,
+        image_size: int | None = 224,
+        action_dim: int = 7,
+        exec_horizon: int = 1,
+        control_mode: str | None = None,
+        gripper: str | None = None,
+        rotation: str | None = None,
+        rotation_sign: int = 1,
+        n_connections: int = 4,
+        max_pending: int = 4,
+        timeout: float = 60.0,
+        retries: int = 3,
+        ready_timeout: float = 60.0,
+        api_key: str | None = None,
+    ) -> None:
+        self.url = openpi_url(url)
+        self._inputs = _check_inputs(INPUTS if inputs is None else inputs)
+        counts = {"action_dim": action_dim, "exec_horizon": exec_horizon, "n_connections": n_connections}
+        _check_counts(
+            {**counts, "max_pending": max_pending} | ({} if image_size is None else {"image_size": image_size})
+        )
+        if timeout <= 0 or retries < 0:
+            raise ValueError(f"timeout={timeout} must be positive, and retries={retries} at least 0")
+        api_key = api_key or os.environ.get(OPENPI_API_KEY)
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError(f"api_key, or {OPENPI_API_KEY}, must consist of printable ASCII characters")
+        self._image_size, self._action_dim, self._horizon = image_size, action_dim, exec_horizon
+        self._timeout, self._retries, self._max_pending = timeout, retries, max_pending
+        self._closing = threading.Event()
+        self._memory = ChunkMemory(exec_horizon)
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(max_pending)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._connections = [Connection(self.url, api_key) for _ in range(n_connections)]
+        self.metadata = self._wait_for_server(ready_timeout)
+        """What the server says about itself."""
+        self.spec = TeacherSpec(
+            f"openpi at {self.url}",
+            frozenset({"action"}),
+            tuple(dict.fromkeys(self._inputs.values())),
+            spaces.Box(-1.0, 1.0, (action_dim,), np.float32),
+            control_mode=control_mode,
+            stateful=exec_horizon > 1,
+            gripper=gripper,
+            rotation=rotation,
+            rotation_sign=rotation_sign,
+        )
+        # Daemons: a machine that does not answer at all cannot keep the process from ending.
+        self._threads = [threading.Thread(target=self._work, args=(c,), daemon=True) for c in self._connections]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, query: Query) -> Future[Labels]:
+        """Ask; returns when the query is in line, its arrays may be overwritten then.
+
+        :param query: N questions
+        :return: ``action`` (N, A) float32, or the TeacherError that prevents it
+        """
+        whole: Future[Labels] = Future()
+        whole.set_running_or_notify_cancel()
+        try:
+            self._check_query(query)
+            if not self._room.acquire(timeout=self._timeout):
+                raise TeacherUnavailable(f"{self._who}: {self._max_pending} queries are not answered yet")
+        except TeacherError as error:
+            whole.set_exception(error)
+            return whole
+        whole.add_done_callback(lambda _: self._room.release())
+        with self._lock:
+            if self._closing.is_set():
+                whole.set_exception(TeacherError("the teacher is closed"))
+                return whole
+            if self.spec.stateful:
+                steps = self._memory.plan(query, lambda row: self._ask(query, row), whole)
+            else:
+                steps = [Step(Chunk(self._ask(query, row)), 0) for row in range(len(query.env_ids))]
+        gather(whole, steps)
+        return whole
+
+    def close(self) -> None:
+        """Close the connections and end the threads; what is still on its way fails."""
+        with self._lock:
+            self._closing.set()
+        for connection in self._connections:
+            connection.end()
+        for _ in self._threads:
+            self._jobs.put(None)
+        end = time.monotonic() + CLOSING
+        for thread in self._threads:
+            thread.join(max(end - time.monotonic(), 0.0))
+
+    @property
+    def _who(self) -> str:
+        return f"openpi server at {self.url}"
+
+    def _wait_for_server(self, patience: float) -> Mapping[str, Any]:
+        """Its metadata. It listens once its policy is loaded, which may take minutes."""
+        end, waiting = time.monotonic() + patience, False
+        while True:
+            try:
+                return self._connections[0].metadata(max(min(self._timeout, end - time.monotonic()), 0.01))
+            except TeacherUnavailable as error:
+                if time.monotonic() + PAUSE > end:
+                    hint = "start one with openpi's scripts/serve_policy.py"
+                    raise TeacherUnavailable(f"{error}; waited {patience:g} s for it, {hint}") from error
+                if not waiting:
+                    logger.warning("waiting up to %g s: %s", patience, error)
+                waiting = True
+                time.sleep(PAUSE)
+
+    def _check_query(self, query: Query) -> None:
+        if len(query.env_ids) == 0:
+            raise TeacherError(f"{self._who}: an empty query")
+        for name in self.spec.inputs:
+            if name not in query.inputs:
+                raise TeacherError(f"{self._who}: the query has no {name!r}, only {sorted(query.inputs)}")
+            value = np.asarray(query.inputs[name])
+            if len(value) != len(query.env_ids):
+                raise TeacherError(f"{self._who}: {len(value)} rows of {name!r} for {len(query.env_ids)} environments")
+            if name.startswith("images.") and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
+                raise TeacherError(
+                    f"{self._who}: {name!r} must be uint8 of shape (N, H, W, 3), got {value.dtype} {value.shape}"
+                )
+
+    def _ask(self, query: Query, row: int) -> Future[np.ndarray]:
+        """The chunk for one row, in line."""
+        observation: dict[str, Any] = {}
+        for key, name in self._inputs.items():
+            value = query.inputs[name][row]
+            observation[key] = str(value) if name == "instruction" else np.array(value)
+        job = _Job(observation, Future())
+        self._jobs.put(job)
+        return job.answer
+
+    def _work(self, connection: Connection) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not job.answer.set_running_or_notify_cancel():
+                continue
+            try:
+                chunk = self._answer(connection, job.observation)
+            except TeacherError as error:
+                job.answer.set_exception(type(error)(str(error)))  # its traceback would keep the observation
+            except Exception as error:  # this thread answers others too
+                job.answer.set_exception(TeacherError(f"{self._who} cannot be asked: {error!r}"))
+            else:
+                job.answer.set_result(chunk)
+        connection.close()
+
+    def _answer(self, connection: Connection, observation: Mapping[str, Any]) -> np.ndarray:
+        """The chunk for one observation, (T, A)."""
+        message = pack({key: self._ready(key, value) for key, value in observation.items()})
+        for attempt in range(self._retries + 1):
+            if self._closing.is_set():
+                break
+            try:
+                return self._check(connection.ask(message, self._timeout))
+            except TeacherUnavailable as error:
+                if attempt == self._retries:
+                    tries = f" ({attempt + 1} attempts)" if attempt else ""
+                    raise TeacherUnavailable(f"{error}{tries}") from error
+                if attempt:  # the first time at once: the server may have closed what was idle
+                    self._closing.wait(min(PAUSE * 2 ** (attempt - 1), MAX_PAUSE))
+        raise TeacherError("the teacher is closed")
+
+    def _ready(self, key: str, value: Any) -> Any:
+        """A value as the server wants it."""
+        is_image = self._inputs[key].startswith("images.")
+        return resize_with_pad(value, self._image_size) if is_image and self._image_size else value
+
+    def _check(self, response: Mapping[str, Any]) -> np.ndarray:
+        """The actions to execute, (T, A) float32.
+
+        :raises TeacherError: if they cannot be used
+        """
+        actions = response.get("actions")
+        if not isinstance(actions, np.ndarray):
+            raise TeacherError(
+                f"{self._who} sent no array 'actions', only {', '.join(map(repr, response)) or 'nothing'}"
+            )
+        if actions.ndim != 2 or actions.shape[1] < self._action_dim or actions.dtype.kind not in "fiu":
+            raise TeacherError(
+                f"{self._who} gave actions of shape {actions.shape} and {actions.dtype}, expected a chunk "
+                f"(horizon, at least action_dim={self._action_dim}) of numbers"
+            )
+        if len(actions) < self._horizon:
+            raise TeacherError(
+                f"{self._who} plans {len(actions)} actions, fewer than exec_horizon={self._horizon}; choose fewer"
+            )
+        with np.errstate(over="ignore"):
+            chunk = np.array(actions[: self._horizon, : self._action_dim], np.float32)
+        if not np.isfinite(chunk).all():
+            raise TeacherError(f"{self._who} gave actions that are not finite: {chunk[~np.isfinite(chunk)][:3]}")
+        return chunk
+
+
+def _check_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise ValueError(f"inputs={inputs!r} must map openpi's keys to our inputs, e.g. {INPUTS}")
+    for key, name in inputs.items():
+        known = isinstance(name, str) and (name in ("state", "privileged", "instruction") or name[:7] == "images.")
+        if not isinstance(key, str) or not known:
+            raise ValueError(
+                f"inputs: {key!r}: {name!r} is unknown; choose images.<camera>, state, privileged or instruction"
+            )
+    return dict(inputs)
+
+
+def _check_counts(counts: Mapping[str, int]) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value} must be a whole number of at least 1")

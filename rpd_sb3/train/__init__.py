@@ -1,0 +1,1 @@
+"""A training run from its command line to its folder."""

@@ -1,0 +1,225 @@
+"""What happens during training besides training: evaluation, checkpoints, a progress bar.
+
+All of it happens between two rollouts, after the update, so that a saved or evaluated policy is the one that ``num_timesteps`` steps have trained.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+
+from rpd_sb3.episodes.play import EvalResult, Evaluator, wilson_interval
+from rpd_sb3.labelling.access import find_vec_teacher
+from rpd_sb3.train.folder import save_model
+
+Deferred = Callable[[], AbstractContextManager[None]]
+"""Makes the context in which files are written, see :meth:`rpd_sb3.cli.common.Interrupt.deferred`."""
+
+
+class Curve(NamedTuple):
+    """A learning curve of n evaluations."""
+
+    timesteps: np.ndarray
+    """(n,)"""
+    mean: np.ndarray
+    """(n,) success_once, or the return where there is no success."""
+    low: np.ndarray
+    """(n,) end of the Wilson interval, or mean - std."""
+    high: np.ndarray
+    """(n,)"""
+    is_success: bool
+
+
+class EveryNSteps(BaseCallback):
+    """Calls :meth:`act` before the first rollout, and before the first rollout after every ``freq`` environment steps.
+
+    :param freq: environment steps, counted over all environments; 0: never
+    """
+
+    def __init__(self, freq: int) -> None:
+        super().__init__()
+        self.freq = freq
+        self._next = 0
+
+    def _on_rollout_start(self) -> None:
+        if self.freq > 0 and self.num_timesteps >= self._next:
+            self._next = (self.num_timesteps // self.freq + 1) * self.freq
+            self.act()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def act(self) -> None:
+        raise NotImplementedError
+
+
+class EvalSuccessCallback(EveryNSteps):
+    """Evaluates the student, writes ``evaluations.npz`` in the layout of SB3's EvalCallback, keeps ``best_model.zip``.
+
+    ``successes`` in that file are ``success_once``; ``successes_at_end`` is our addition. The best model has the highest
+    ``success_once`` (return where there is no success), then the highest return; at a tie the later one wins.
+
+    :param evaluator: plays the episodes
+    :param freq: environment steps between evaluations; 0: only when :meth:`act` is called
+    :param folder: of the run
+    :param report: gets the number of steps and the result of each evaluation
+    :param deferred: context in which files are written
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        freq: int,
+        folder: Path,
+        report: Callable[[int, EvalResult], None],
+        deferred: Deferred = nullcontext,
+    ) -> None:
+        super().__init__(freq)
+        self.evaluator, self.folder, self.report, self.deferred = evaluator, folder, report, deferred
+        self.timesteps: list[int] = []
+        self.last: EvalResult | None = None
+        self.duration = 0.0
+        """Seconds spent so far."""
+        self._arrays: dict[str, list[np.ndarray]] = {}
+        self._best: tuple[float, ...] = ()
+
+    def resume(self, timesteps: int) -> None:
+        """Go on with the evaluations in the folder, up to ``timesteps``.
+
+        :param timesteps: at which training goes on
+        """
+        if self.freq > 0:
+            self._next = (timesteps // self.freq + 1) * self.freq
+        if not (self.folder / "evaluations.npz").is_file():
+            return
+        with np.load(self.folder / "evaluations.npz") as file:
+            keep = file["timesteps"] <= timesteps
+            self.timesteps = file["timesteps"][keep].tolist()
+            self._arrays = {name: list(file[name][keep]) for name in file.files if name != "timesteps"}
+        for i in range(len(self.timesteps)):
+            self._best = max(self._best, self._score({name: rows[i] for name, rows in self._arrays.items()}))
+
+    def act(self) -> None:
+        start = time.monotonic()
+        result = self.evaluator.student(self.model)
+        self.last = result
+        self.timesteps.append(self.num_timesteps)
+        row = {"results": result.returns, "ep_lengths": result.lengths}
+        if result.once is not None and result.at_end is not None:
+            row |= {"successes": result.once, "successes_at_end": result.at_end}
+        for name, values in row.items():
+            self._arrays.setdefault(name, []).append(values)
+        with self.deferred():
+            temporary = self.folder / ".evaluations.tmp.npz"
+            np.savez(temporary, timesteps=self.timesteps, **self._arrays)  # type: ignore[arg-type]
+            os.replace(temporary, self.folder / "evaluations.npz")
+            if (score := self._score(row)) >= self._best:
+                self._best = score
+                save_model(self.model, self.folder / "best_model.zip", label_replay=False)
+        self.duration += time.monotonic() - start
+        self._log(result)
+        self.report(self.num_timesteps, result)
+
+    @staticmethod
+    def _score(row: dict[str, np.ndarray]) -> tuple[float, ...]:
+        mean_return = float(np.mean(row["results"]))
+        return (float(np.mean(row["successes"])), mean_return) if "successes" in row else (mean_return,)
+
+    def _log(self, result: EvalResult) -> None:
+        if result.success_once is not None:
+            self.logger.record("eval/success_once", result.success_once)
+            self.logger.record("eval/success_at_end", result.success_at_end)
+        self.logger.record("eval/mean_reward", result.mean_return)
+        self.logger.record("eval/mean_ep_length", result.mean_length)
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
+
+    def curve(self) -> Curve:
+        """All evaluations so far."""
+        success = "successes" in self._arrays
+        if success:
+            counts = [(int(row.sum()), len(row)) for row in self._arrays["successes"]]
+            mean = np.array([k / n for k, n in counts])
+            low, high = np.array([wilson_interval(k, n) for k, n in counts]).T
+        else:
+            returns = self._arrays.get("results", [])
+            mean, std = np.array([row.mean() for row in returns]), np.array([row.std() for row in returns])
+            low, high = mean - std, mean + std
+        return Curve(np.array(self.timesteps), mean, low, high, success)
+
+
+class CheckpointCallback(EveryNSteps):
+    """Saves ``rl_model_<steps>_steps.zip``, and the label replay next to it.
+
+    :param freq: environment steps between checkpoints; 0: none
+    :param folder: of the run
+    :param deferred: context in which files are written
+    """
+
+    def __init__(self, freq: int, folder: Path, deferred: Deferred = nullcontext) -> None:
+        super().__init__(freq)
+        self.folder, self.deferred = folder, deferred
+
+    def _on_training_start(self) -> None:
+        if self.freq > 0:  # nothing to save at the start
+            self._next = (self.num_timesteps // self.freq + 1) * self.freq
+
+    def act(self) -> None:
+        with self.deferred():
+            save_model(self.model, self.folder / f"rl_model_{self.num_timesteps}_steps.zip")
+
+
+class ProgressCallback(BaseCallback):
+    """A bar with steps, success rate of the rollouts, speed, latency of the teacher, and time left.
+
+    :param total: environment steps at the end
+    """
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        columns = (
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=total, status="")
+        self._updated = 0.0
+        self._start = (0.0, 0)
+
+    def _on_training_start(self) -> None:
+        self._start = (time.monotonic(), self.num_timesteps)
+        self._bar.start()
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        if now - self._updated > 0.25:
+            self._updated = now
+            self._bar.update(self._task, completed=self.num_timesteps, status=self._status(now))
+        return True
+
+    def _status(self, now: float) -> str:
+        start, steps = self._start
+        parts = [f"{(self.num_timesteps - steps) / max(now - start, 1e-9):.0f} fps"]
+        if self.model.ep_success_buffer:
+            parts.insert(0, f"success {safe_mean(self.model.ep_success_buffer):.0%}")
+        vec_teacher = find_vec_teacher(self.model.env)
+        if vec_teacher is not None and vec_teacher.label_latency is not None:
+            parts.append(f"label {1000 * vec_teacher.label_latency:.0f} ms")
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        """Take the bar away; also needed when training was interrupted."""
+        if self.model is not None:
+            self._bar.update(self._task, completed=self.num_timesteps)
+        self._bar.stop()

@@ -1,0 +1,222 @@
+"""The folder of a run, as rl-baselines3-zoo lays it out: ``logs/<algo>/<env>_<n>/``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import CSVOutputFormat
+from stable_baselines3.common.vec_env import VecEnv
+
+import rpd_sb3
+from rpd_sb3.algos import ALGOS
+from rpd_sb3.cli.config import load_yaml
+from rpd_sb3.teachers.sb3_policy import read_model_data
+
+PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "mani_skill")
+
+
+class SavedRun(NamedTuple):
+    """What a run folder says about the run."""
+
+    folder: Path
+    args: dict[str, Any]
+    """Command line, resolved."""
+    config: dict[str, Any]
+    """Flat section of hyper-parameters."""
+
+    @property
+    def algo(self) -> type[BaseAlgorithm]:
+        return ALGOS[self.args["algo"]]
+
+    @property
+    def last_model(self) -> Path:
+        return self.folder / f"{file_name(self.args['env'])}.zip"
+
+    @property
+    def best_model(self) -> Path:
+        return self.folder / "best_model.zip"
+
+
+def file_name(env_id: str) -> str:
+    """The id as part of a file name: ``ALE/Pong-v5`` becomes ``ALE-Pong-v5``."""
+    return re.sub(r"[/:]", "-", env_id)
+
+
+def create_run_folder(log_folder: str | Path, algo: str, env_id: str) -> Path:
+    """A new folder ``<log_folder>/<algo>/<env_id>_<n>``; n is one more than the highest there is, also if two start at once."""
+    parent, name = Path(log_folder) / algo, file_name(env_id)
+    while True:
+        found = [re.fullmatch(re.escape(name) + r"_(\d+)", path.name) for path in parent.glob("*")]
+        n = 1 + max([int(match[1]) for match in found if match], default=0)
+        try:
+            os.makedirs(parent / f"{name}_{n}", exist_ok=False)
+        except FileExistsError:
+            if not parent.is_dir():  # a file stands where a folder should be
+                raise
+            continue
+        return parent / f"{name}_{n}"
+
+
+def load_run(folder: str | Path) -> SavedRun:
+    """Read a run folder.
+
+    :raises ValueError: if it is none
+    """
+    folder = Path(folder)
+    if not (folder / "args.yml").is_file() or not (folder / "config.yml").is_file():
+        what = "has no args.yml and config.yml" if folder.is_dir() else "does not exist"
+        raise ValueError(f"run folder {str(folder)!r} {what}; expected e.g. logs/rpd_ppo/PickCube-v1_1")
+    run = SavedRun(folder, load_yaml(folder / "args.yml"), load_yaml(folder / "config.yml"))
+    for key in ("algo", "env"):
+        if not isinstance(run.args.get(key), str):
+            raise ValueError(f"run folder {str(folder)!r}: args.yml does not name the {key}")
+    if run.args["algo"] not in ALGOS:
+        raise ValueError(
+            f"run folder {str(folder)!r}: algo {run.args['algo']!r} is unknown; known are {', '.join(ALGOS)}"
+        )
+    return run
+
+
+def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -> None:
+    """Save a model, and its label replay next to it; a file of that name is replaced only by a complete one.
+
+    :param model: what to save
+    :param path: ``.zip`` file
+    :param label_replay: False for a model that is only to be used, not trained on: the replay can be large
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    model.save(temporary)
+    os.replace(temporary, path)
+    if label_replay and has_label_replay(model):
+        temporary = path.with_name(f".{path.name}.tmp.npz")
+        model.label_replay_buffer.save(str(temporary))  # type: ignore[attr-defined]
+        os.replace(temporary, label_replay_file(path))
+
+
+def has_label_replay(model: BaseAlgorithm) -> bool:
+    """True if the model keeps past labels."""
+    size: int = getattr(model, "label_replay", 0)
+    return size > 0
+
+
+def label_replay_file(model_file: Path) -> Path:
+    """Where the label replay of a model lies."""
+    return model_file.with_name(f"{model_file.stem}_label_replay.npz")
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The model with the most timesteps.
+
+    :raises ValueError: if there is none, or one is damaged
+    """
+    # At a tie, best_model comes first and loses: it may have no label replay.
+    files = sorted(folder.glob("*.zip"), key=lambda path: path.name != "best_model.zip")
+    steps = {path: timesteps(path) for path in files}
+    if not steps:
+        raise ValueError(f"run folder {str(folder)!r} holds no model to resume from")
+    return max(reversed(files), key=lambda path: steps[path])
+
+
+def timesteps(model_file: Path) -> int:
+    """Environment steps that a saved model has seen.
+
+    :raises ValueError: if the file is damaged
+    """
+    return int(read_model_data(str(model_file)).get("num_timesteps", 0))
+
+
+def load_model(
+    algo: type[BaseAlgorithm], path: Path, *, env: VecEnv | None = None, device: str = "auto"
+) -> BaseAlgorithm:
+    """A saved model.
+
+    :raises ValueError: if there is no such file, it is damaged, or does not fit the environment
+    """
+    read_model_data(str(path))
+    return algo.load(path, env=env, device=device)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is complete whenever it is there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    replace_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON without NaN: a number that is not finite becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    replace_text(path, json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"rpd_sb3": rpd_sb3.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if commit := _git_commit():
+        found["git_commit"] = commit
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the library's sources, if they lie in a git repository of their own; ``+`` for local changes."""
+    root = Path(rpd_sb3.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, timeout=5, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + "+" * bool(changed.strip())
+
+
+class CSVContinuation(CSVOutputFormat):
+    """Goes on with a file that :class:`CSVOutputFormat` has written.
+
+    :param filename: the file
+    :param until: timesteps at which training goes on; rows of later ones, from after the checkpoint, are dropped
+    """
+
+    def __init__(self, filename: str, until: int) -> None:
+        self.file = open(filename, "r+", newline="")  # noqa: SIM115  (closed with the logger)
+        lines = self.file.read().splitlines()
+        self.keys = lines[0].split(",") if lines else []
+        self.separator, self.quotechar = ",", '"'
+        rows = csv.DictReader(lines)
+        kept = [line for line, row in zip(lines[1:], rows) if float(row.get("time/total_timesteps") or 0) <= until]
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.writelines(f"{line}\n" for line in lines[:1] + kept)

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import requests
+from gymnasium import spaces
+
+from rpd_sb3.doctor import __main__ as doctor
+from rpd_sb3.doctor import teacher as teacher_check
+from rpd_sb3.doctor import vulkan
+from rpd_sb3.doctor.findings import FAIL, OK, WARN, Finding
+from rpd_sb3.doctor.teacher import check_teacher
+from tests.support import ROOT
+from tests.support.helpers import EchoTeacher
+from tests.support.serving_helpers import Running, serving
+
+REPO = ROOT
+
+
+class Pages(BaseHTTPRequestHandler):
+    """A server of fixed pages: path to status and content."""
+
+    pages: ClassVar[dict[str, tuple[int, Any]]]
+
+    def do_GET(self) -> None:
+        status, content = self.pages.get(self.path, (404, {}))
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Pages.pages = {"/v2/health/ready": (200, {})}
+    http = HTTPServer(("127.0.0.1", 0), Pages)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+def one(teacher: str) -> Finding:
+    """The only line about a teacher."""
+    (finding,) = check_teacher(teacher)
+    return finding
+
+
+def break_metadata(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == distribution:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_installed_package_is_ok_with_its_version() -> None:
+    found = doctor.check_package("gymnasium")
+    assert found == Finding("gymnasium", OK, importlib.metadata.version("gymnasium"))
+
+
+def test_missing_package_fails_with_the_command_that_installs_it() -> None:
+    found = doctor.check_package("no-such-distribution")
+    assert found == Finding("no-such-distribution", FAIL, "not installed", "pip install 'no-such-distribution'")
+
+
+def test_package_that_does_not_import_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text("raise OSError('libbroken.so: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    found = doctor.check_package("broken-module")
+    assert found.status == FAIL
+    assert "libbroken.so: no such file" in found.value
+
+
+def test_version_outside_the_requirement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "requirement", lambda _: "gymnasium>=99")
+    found = doctor.check_package("gymnasium")
+    assert (found.status, found.fix) == (FAIL, "pip install 'gymnasium>=99'")
+
+
+def test_without_maniskill_a_missing_vulkan_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices() -> list[vulkan.Device]:
+        raise vulkan.VulkanError("no Vulkan loader")
+
+    monkeypatch.setattr(vulkan, "devices", devices)
+    break_metadata(monkeypatch, "mani_skill")
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert found["ManiSkill"].status == WARN
+    assert found["Vulkan"] == Finding("Vulkan", WARN, "no Vulkan loader", "make vulkan")
+    assert "SAPIEN renders" not in found
+
+
+@pytest.mark.parametrize(
+    ("device", "usable"),
+    [
+        (vulkan.Device("llvmpipe (LLVM 15.0.6, 256 bits)", "Mesa 22.3.6 (LLVM 15.0.6)", is_cpu=True), False),
+        (vulkan.Device("llvmpipe (LLVM 15.0.7, 256 bits)", "Mesa 23.2.1-1ubuntu3.1 (LLVM 15.0.7)", is_cpu=True), True),
+        (vulkan.Device("llvmpipe (LLVM 15.0.6, 256 bits)", "Mesa 25.0.7-2~bpo12+1", is_cpu=True), True),
+        (vulkan.Device("AMD Radeon (RADV)", "Mesa 22.3.6", is_cpu=False), True),
+        (vulkan.Device("NVIDIA H200", "580.95.05", is_cpu=False), True),
+    ],
+)
+def test_old_software_renderer_is_refused(device: vulkan.Device, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vulkan, "devices", lambda: [device])
+    found = doctor.check_vulkan()
+    assert (found.status, found.fix) == ((OK, "") if usable else (FAIL, "make vulkan"))
+
+
+def test_no_loader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vulkan, "LOADER", "libno-such-vulkan.so.1")
+    with pytest.raises(vulkan.VulkanError, match=r"no Vulkan loader: .*libno-such-vulkan"):
+        vulkan.devices()
+
+
+def test_renderer_that_does_not_start_fails_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "RENDER", "raise RuntimeError('failed to find a rendering device')")
+    found = doctor.check_rendering()
+    assert found[1:] == (FAIL, "RuntimeError: failed to find a rendering device", "make vulkan")
+
+
+def test_renderer_that_hangs_fails_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "RENDER", "import threading; threading.Event().wait()")
+    monkeypatch.setattr(doctor, "RENDER_TIMEOUT", 0.2)
+    assert doctor.check_rendering() == Finding("SAPIEN renders", FAIL, "no answer after 0 s", "make vulkan")
+
+
+def test_a_service_tells_what_it_serves(service: Running) -> None:
+    found = one(service.url)
+    assert found == Finding(f"Teacher {service.url}", OK, "echo gives action; not asked anything yet")
+    assert one(f"{service.url}/") == found
+
+
+def test_a_service_that_has_answered_tells_its_latency(service: Running) -> None:
+    inputs = [{"name": "state", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}]
+    requests.post(f"{service.url}/v2/models/teacher/infer", json={"inputs": inputs}, timeout=10).raise_for_status()
+    assert re.fullmatch(r"echo gives action; \d+\.\d ms per answer, mean of 1", one(service.url).value)
+
+
+def test_a_service_is_asked_without_proxies(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert one(service.url).status == OK
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "value"),
+    [
+        (None, FAIL, "it wants a token"),
+        ("wrong", FAIL, "the token of RPD_SB3_TOKEN is not its token"),
+        ("secret", OK, "echo gives action; not asked anything yet"),
+    ],
+)
+def test_the_token_is_shown(token: str | None, status: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RPD_SB3_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("RPD_SB3_TOKEN", token)
+    with serving(token="secret") as service:
+        assert one(service.url)[1:3] == (status, value)
+
+
+def test_replicas_have_a_line_each(service: Running) -> None:
+    with serving() as second:
+        found = check_teacher(f"{service.url},{second.url}")
+    assert [finding.name for finding in found] == [f"Teacher {service.url}", f"Teacher {second.url}"]
+    assert [finding.status for finding in found] == [OK, OK]
+
+
+def test_replicas_that_differ_fail(service: Running) -> None:
+    with serving(lambda: EchoTeacher(space=spaces.Discrete(2))) as second:
+        found = check_teacher(f"{service.url},{second.url}")
+    assert [finding.status for finding in found] == [OK, FAIL]
+    assert f"{service.url} serves something else" in found[1].value
+
+
+def test_another_version_of_the_protocol_fails(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_check, "PROTOCOL_VERSION", 99)
+    found = one(service.url)
+    assert (found.status, found.fix) == (FAIL, "install the same rpd_sb3 on both sides")
+
+
+@pytest.mark.parametrize(
+    ("content", "value", "fix"),
+    [
+        ({"state": "is loading", "failed": False}, "is loading", "wait; training does, too"),
+        ({"state": "failed: OSError: no file", "failed": True}, "failed: OSError: no file", "start it anew"),
+        (b"<html>", "not ready: HTTP 503", "curl -i .*/v2/health/ready"),
+    ],
+)
+def test_a_service_that_is_not_ready_fails_with_its_state(server: str, content: Any, value: str, fix: str) -> None:
+    Pages.pages["/v2/health/ready"] = (503, content)
+    found = one(server)
+    assert (found.status, found.value) == (FAIL, value)
+    assert re.fullmatch(fix, found.fix)
+
+
+@pytest.mark.parametrize("metadata", [{"parameters": None}, {"parameters": {"spec": 1}}, [], b"\xff"])
+def test_another_server_of_the_protocol_fails(server: str, metadata: Any) -> None:
+    Pages.pages["/v2/models/teacher"] = (200, metadata)
+    assert one(server)[1:3] == (FAIL, "no teacher service of rpd_sb3")
+
+
+def test_a_model_of_another_name_is_found(server: str) -> None:
+    Pages.pages["/v2/health/ready"] = (200, {"name": "octo"})
+    spec = {"name": "octo-small", "env_id": "PickCube-v1", "labels": ["action", "std"]}
+    Pages.pages["/v2/models/octo"] = (
+        200,
+        {"parameters": {"protocol_version": teacher_check.PROTOCOL_VERSION, "spec": spec}},
+    )
+    value = "octo-small for PickCube-v1 gives action, std; latency unknown"
+    assert one(server)[1:] == (OK, value, "train with --teacher-kwargs name:octo")
+
+
+def test_server_that_is_gone_fails_with_its_address() -> None:
+    http = HTTPServer(("127.0.0.1", 0), Pages)
+    http.server_close()
+    found = one(f"http://127.0.0.1:{http.server_port}")
+    assert found.status == FAIL
+    assert f"curl -i http://127.0.0.1:{http.server_port}" in found.fix
+
+
+@pytest.mark.parametrize("url", ["http://", "http://localhost:port", "http://nobody.invalid", "https:x"])
+def test_impossible_urls_fail(url: str) -> None:
+    assert one(url).status == FAIL
+
+
+def test_model_file_must_exist(tmp_path: Path) -> None:
+    (tmp_path / "best_model.zip").touch()
+    assert one(f"sb3:{tmp_path}/best_model.zip").status == OK
+    assert one(f"sb3:{tmp_path}/best_model").status == OK
+    assert one(f"sb3:{tmp_path}/last_model").status == FAIL
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder that passes for a checkpoint of OpenVLA."""
+    (tmp_path / "openvla").mkdir()
+    (tmp_path / "openvla" / "config.json").touch()
+    return tmp_path / "openvla"
+
+
+def test_a_folder_of_openvla_must_hold_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    fix = "--teacher openvla:PATH, a checkpoint's folder or its hub id"
+    assert one(f"openvla:{checkpoint}")[1:] == (OK, "the checkpoint exists", "")
+    assert one(f"openvla:{tmp_path}")[1:] == (FAIL, "no config.json there", fix)
+    assert one(f"openvla:{tmp_path}/none")[1:] == (FAIL, "no config.json there", fix)
+
+
+def test_a_home_folder_of_openvla_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert one("openvla:~/openvla")[1:] == (OK, "the checkpoint exists", "")
+
+
+def test_a_hub_id_of_openvla_is_taken_for_one() -> None:
+    assert one("openvla:no-such-org/no-such-name")[1:] == (OK, "on the hub, not looked at", "")
+
+
+@pytest.mark.parametrize("path", ["./org/name", "~/none", "org/", "/name", "name", "a/b/c"])
+def test_what_is_no_hub_id_of_openvla_fails(path: str) -> None:
+    assert one(f"openvla:{path}")[1:3] == (FAIL, "no config.json there")
+
+
+def test_what_openvla_lacks_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_check, "_lacks", lambda package: package in ("tokenizers", "PIL"))
+    wanted = (FAIL, "not installed here: tokenizers, PIL", "pip install 'rpd_sb3[openvla]', or use a service's URL")
+    assert one(f"openvla:{checkpoint}")[1:] == wanted
+
+
+def test_unknown_teacher_names_the_closest() -> None:
+    assert one("scriptd").fix == "--teacher scripted"
+
+
+def test_scripted_teacher_is_always_there() -> None:
+    assert one("scripted").status == OK
+
+
+def test_the_module_of_an_own_teacher_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_module.py").write_text("raise RuntimeError")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert one("own_module:Teacher")[1:] == (OK, f"in {tmp_path / 'own_module.py'}", "")
+    assert one("no_module:Teacher")[1:3] == (FAIL, "no module no_module")
+    assert one("own_package.inner:Teacher")[1:3] == (FAIL, "own_package.inner does not import: RuntimeError('broken')")
+
+
+@pytest.mark.parametrize(("file", "status"), [("model/octo_model.py", OK), ("main.py", WARN)])
+def test_octo_of_the_index_is_told_from_the_robot_model(
+    file: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "octo" / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / "octo" / "__init__.py").touch()
+    path.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [finding.status for finding in doctor.check_octo()] == [status]
+
+
+@pytest.mark.parametrize(("status", "code"), [(OK, 0), (WARN, 0), (FAIL, 1)])
+def test_exit_code(status: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda _: [Finding("thing", status, "value [1]", "fix '.[dev]'")])
+    assert doctor.main([]) == code
+
+
+def test_reports_without_any_package(service: Running) -> None:
+    # -S: no site-packages, as on a machine where nothing is installed.
+    command = [sys.executable, "-S", "-m", "rpd_sb3.doctor", "--teacher", service.url]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("torch")] == ["torch  fail  not installed  pip install 'torch'"]
+    assert f"Teacher {service.url}  ok  echo gives action; not asked anything yet" in lines

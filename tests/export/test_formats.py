@@ -1,0 +1,243 @@
+"""What is written in each format acts as SB3's predict does, and holds no pickle."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from rpd_sb3.contract.bins import Bounds, to_actions
+from rpd_sb3.export import architecture
+from rpd_sb3.export.deploy import DeployablePolicy, camera_view, check_exportable, input_specs, numbers_of_parameters
+from rpd_sb3.export.formats import (
+    load_safetensors,
+    load_torch,
+    pickles_in,
+    torch_act,
+    write_onnx,
+    write_safetensors,
+    write_torch,
+)
+from rpd_sb3.students import TokenPolicy
+from tests.cli.test_install import BLOCK
+from tests.support import ROOT
+from tests.support.export_helpers import ACTION, IMAGE, POLICIES, STATE, TOKENS, make_policy, observations
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def predict(policy: ActorCriticPolicy, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """SB3's own answer; it takes images channels last, too."""
+    obs: Any = batch if isinstance(policy.observation_space, spaces.Dict) else next(iter(batch.values()))
+    return policy.predict(obs, deterministic=True)[0]
+
+
+def graph_of(path: Path) -> Any:
+    return onnx.load(path).graph
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
+    policy = POLICIES[kind]()
+    specs = input_specs(policy.observation_space)
+    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), specs)
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
+    batch = observations(specs)
+    expected = predict(policy, batch)
+    assert len(np.unique(expected)) >= 2
+    if kind == "vector":  # some are clipped
+        assert 0 < (np.isclose(expected, ACTION.low) | np.isclose(expected, ACTION.high)).mean() < 1
+    for rows in (slice(None), *(slice(i, i + 1) for i in range(3))):
+        (action,) = session.run(None, {name: array[rows] for name, array in batch.items()})
+        assert (action.dtype, action.shape) == (expected.dtype, expected[rows].shape)
+        np.testing.assert_allclose(action, expected[rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["compact", "image", "both", "autoregressive"])
+def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Path) -> None:
+    policy = POLICIES[kind]()
+    specs = input_specs(policy.observation_space)
+    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
+    assert pickles_in(tmp_path / "policy.pt2") == []
+    forbidden = mock.Mock(side_effect=AssertionError("something is unpickled"))
+    with (
+        mock.patch("pickle.load", forbidden),
+        mock.patch("pickle.loads", forbidden),
+        mock.patch("pickle.Unpickler", forbidden),
+        mock.patch("torch._weights_only_unpickler.load", forbidden),
+    ):
+        act = torch_act(load_torch(tmp_path / "policy.pt2"), specs)
+    batch = observations(specs)
+    np.testing.assert_allclose(act(batch)["action"], predict(policy, batch), atol=1e-5, rtol=0)
+
+
+def test_pt2_runs_without_this_library(tmp_path: Path) -> None:
+    policy = POLICIES["vector"]()
+    specs = input_specs(policy.observation_space)
+    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
+    batch = observations(specs)
+    np.save(tmp_path / "obs.npy", batch["state"])
+    code = BLOCK.format(absent=["rpd_sb3", "stable_baselines3", "gymnasium"]) + (
+        "import numpy as np, torch\n"
+        "policy = torch.export.load('policy.pt2').module()\n"
+        "np.save('action.npy', policy(torch.from_numpy(np.load('obs.npy')))[0].detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    np.testing.assert_allclose(np.load(tmp_path / "action.npy"), predict(policy, batch), atol=1e-5, rtol=0)
+
+
+def test_a_pickle_in_an_archive_is_found(tmp_path: Path) -> None:
+    th.save({"weight": th.ones(2)}, tmp_path / "weights.pt")
+    assert [name.rpartition("/")[2] for name in pickles_in(tmp_path / "weights.pt")] == ["data.pkl"]
+    program = th.export.export(th.nn.Linear(2, 1), (th.ones(1, 2),))
+    th.export.save(program, tmp_path / "program.pt2")  # with its example inputs, as PyTorch does by default
+    assert pickles_in(tmp_path / "program.pt2") == ["program/data/sample_inputs/model.pt"]
+    with pytest.raises(ValueError, match="it holds pickles: program/data/sample_inputs/model.pt"):
+        load_torch(tmp_path / "program.pt2")
+
+
+def test_raw_bytes_are_no_pickle(tmp_path: Path) -> None:
+    import zipfile
+
+    contents = {
+        "empty": b"",
+        "weights": np.arange(9.0).tobytes(),
+        "looks like one": b"\x80\x04abc.",
+        "is one": pickle.dumps([1]),
+    }
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    assert pickles_in(tmp_path / "x.zip") == ["is one"]
+
+
+@pytest.mark.parametrize("kind", ["both", "compact", "squashed", "separate extractors", "normalised", "autoregressive"])
+def test_weights_load_into_a_policy_made_from_the_manifest(kind: str, tmp_path: Path) -> None:
+    import json
+
+    policy = POLICIES[kind]()
+    write_safetensors(tmp_path / "model.safetensors", policy)
+    made = architecture.build(json.loads(json.dumps(architecture.describe(policy))), "policy.json")
+    load_safetensors(tmp_path / "model.safetensors", made)
+    weights = made.state_dict()
+    assert weights.keys() == policy.state_dict().keys()
+    assert all(th.equal(value, weights[name]) for name, value in policy.state_dict().items())
+    assert (made.observation_space, made.action_space) == (policy.observation_space, policy.action_space)
+    batch = observations(input_specs(policy.observation_space))
+    assert np.array_equal(predict(made, batch), predict(policy, batch))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"class": "tests.support.export_helpers.make_policy"},
+            "'tests.support.export_helpers.make_policy' is no ActorCriticPolicy",
+        ),
+        (
+            {"class": "not_here.Policy"},
+            "class 'not_here.Policy' is of a package that is not known: import not_here first",
+        ),
+        ({"class": "torch.nn.Nix"}, "no attribute 'Nix'"),
+        ({"kwargs": {"activation_fn": "subprocess.run"}}, "'subprocess.run' is no Module"),
+        ({"action_space": {"type": "Tuple"}}, "space 'Tuple' is unknown"),
+        ({"observation_space": None}, "describes no policy"),
+    ],
+)
+def test_manifest_that_describes_no_policy(change: dict[str, Any], message: str) -> None:
+    described = architecture.describe(POLICIES["vector"]()) | change
+    with pytest.raises(ValueError, match=message):
+        architecture.build(described, "policy.json")
+
+
+def test_weights_of_another_policy_or_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, POLICIES["vector"]())
+    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
+        load_safetensors(path, POLICIES["image"]())
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
+        load_safetensors(path, POLICIES["vector"]())
+
+
+@pytest.mark.parametrize("kind", ["tokens", "autoregressive"])
+@pytest.mark.parametrize("bounds", [None, Bounds(np.array([-0.1, 1.0, -2.0]), np.array([0.1, -1.0, 2.0]))])
+def test_tokens_become_the_actions_that_the_environment_takes(kind: str, bounds: Bounds | None) -> None:
+    policy = POLICIES[kind]()
+    specs = input_specs(policy.observation_space)
+    batch = observations(specs, n=64)
+    tokens = predict(policy, batch)
+    with th.no_grad():
+        action, chosen = DeployablePolicy(policy, True, bounds)(th.from_numpy(batch["state"]))
+    assert np.array_equal(chosen.numpy(), tokens)
+    assert np.array_equal(action.numpy(), to_actions(tokens, 8, bounds).clip(-1.0, 1.0))  # as ActionTokens acts
+
+
+def test_image_graph_is_small(tmp_path: Path) -> None:
+    """One transposition and one cast, for the image; weights of the value function stay at home."""
+    policy = POLICIES["image"]()
+    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(IMAGE))
+    operators = [node.op_type for node in graph_of(tmp_path / "policy.onnx").node]
+    assert (operators.count("Cast"), operators.count("Transpose"), operators.count("Conv")) == (1, 1, 3)
+    assert len(operators) <= 17
+    numbers = numbers_of_parameters(DeployablePolicy(policy), policy)
+    assert numbers["policy"] < numbers["total"] == sum(parameter.numel() for parameter in policy.parameters())
+    assert (tmp_path / "policy.onnx").stat().st_size < 4 * numbers["policy"] + 5000
+
+
+def test_graph_has_named_inputs_and_any_batch(tmp_path: Path) -> None:
+    policy = POLICIES["both"]()
+    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(policy.observation_space))
+    graph = graph_of(tmp_path / "policy.onnx")
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {"rgb": ["batch", 36, 40, 3], "state": ["batch", 5], "action": ["batch", 3]}
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_torch])
+def test_no_path_of_this_machine_is_written(write: Any, tmp_path: Path) -> None:
+    write(tmp_path / "policy", DeployablePolicy(POLICIES["vector"]()), input_specs(STATE))
+    content = (tmp_path / "policy").read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b".py" not in content
+
+
+def test_camera_view_puts_channels_last() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (2, 3, 36, 40), np.uint8)
+    assert np.array_equal(camera_view(image, IMAGE), image.transpose(0, 2, 3, 1))
+    last = spaces.Box(0, 255, (36, 40, 3), np.uint8)
+    assert camera_view(image.transpose(0, 2, 3, 1), last).shape == (2, 36, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            lambda: RecurrentActorCriticPolicy(STATE, ACTION, lambda _: 1.0),
+            "m.zip is recurrent: its action depends on what",
+        ),
+        (
+            lambda: make_policy(TokenPolicy, STATE, TOKENS, eval_temperature=0.5),
+            "draws its tokens at random, eval_temp.*=0.5",
+        ),
+        (lambda: make_policy(ActorCriticPolicy, spaces.Discrete(3), ACTION), r"observes 'state' as Discrete\(3\)"),
+        (lambda: th.nn.Linear(1, 1), "m.zip has a Linear, an export needs an actor-critic policy"),
+    ],
+)
+def test_what_cannot_be_exported(policy: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_exportable(SimpleNamespace(policy=policy()), "m.zip")  # type: ignore[arg-type]
