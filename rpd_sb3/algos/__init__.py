@@ -12,6 +12,7 @@ from rpd_sb3.algos.ppd import PPD
 from rpd_sb3.algos.road import ROAD
 from rpd_sb3.algos.rpd import RPD
 from rpd_sb3.algos.sft import SFT
+from rpd_sb3.contract.names import closest
 
 ALGOS: dict[str, type[BaseAlgorithm]] = {
     "grpo": GRPO,
@@ -26,4 +27,15 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
 }
 """Command-line name to class. Those without ``needs`` train without a teacher."""
 
-__all__ = ["ALGOS", "GRPO", "OPD", "PPD", "ROAD", "RPD", "SFT"]
+
+def find_algo(name: str) -> type[BaseAlgorithm]:
+    """The algorithm of that name.
+
+    :raises ValueError: naming the closest known one
+    """
+    if name not in ALGOS:
+        raise ValueError(f"--algo {name!r} is unknown; choose one of {', '.join(ALGOS)}{closest(name, ALGOS)}")
+    return ALGOS[name]
+
+
+__all__ = ["ALGOS", "find_algo", "GRPO", "OPD", "PPD", "ROAD", "RPD", "SFT"]

@@ -36,8 +36,3 @@ def shifted_images(observations: th.Tensor | TensorDict, space: spaces.Space, sh
         assert isinstance(space, spaces.Dict)
         return {key: shifted_images(value, space[key], shift) for key, value in observations.items()}  # type: ignore[misc]
     return random_shift(observations, shift) if is_image_space(space) else observations
-
-
-def has_images(space: spaces.Space) -> bool:
-    """True if an observation is an image or holds one."""
-    return any(is_image_space(part) for part in (space.values() if isinstance(space, spaces.Dict) else [space]))

@@ -94,7 +94,8 @@ class Job:
         from rpd_sb3.envs import make_vec_env
         from rpd_sb3.envs.factory import check_env_id
         from rpd_sb3.labelling import VecTeacher
-        from rpd_sb3.train.build import open_teacher, probe
+        from rpd_sb3.labelling.probe import probe
+        from rpd_sb3.teachers.registry import open_teacher
 
         self.args = args
         env_kwargs = parse_pairs(args.env_kwargs, "--env-kwargs")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from gymnasium import spaces
 
 N_BINS = 256
 
@@ -69,3 +70,12 @@ def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) ->
 def acted(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
     """What an environment behind ``ActionTokens`` is given for tokens: their actions, within [-1, 1]; as :func:`to_actions`."""
     return to_actions(tokens, n_bins, bounds).clip(-1.0, 1.0)
+
+
+def token_bins(space: spaces.Space) -> int | None:
+    """Bins of each dimension if actions are tokens (:class:`~rpd_sb3.envs.ActionTokens`); None if they are not."""
+    if not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim != 1 or space.start.any():
+        return None
+    if len(set(space.nvec.tolist())) == 1:
+        return int(space.nvec[0])
+    return None

@@ -14,9 +14,8 @@ from dataclasses import replace
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.contract.bins import Bounds
+from rpd_sb3.contract.bins import Bounds, token_bins
 from rpd_sb3.contract.teacher import GRIPPERS, Labels, TeacherSpec
-from rpd_sb3.labelling.views import token_bins
 
 UNIT = Bounds(np.array(-1.0), np.array(1.0))
 

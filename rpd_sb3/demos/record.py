@@ -13,12 +13,11 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
-from rpd_sb3.contract.bins import acted, to_tokens
+from rpd_sb3.contract.bins import acted, to_tokens, token_bins
 from rpd_sb3.demos.files import Demonstrations, Observation, each
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.labelling.vec_teacher import VecTeacher
-from rpd_sb3.labelling.views import token_bins
 
 MAX_TRIES = 20
 """Episodes played for each one that is wanted, before a teacher counts as too weak for ``only_successful``."""

@@ -68,7 +68,9 @@ class Job:
         with ExitStack() as closing:
             look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
             self.player = open_player(args, closing)
-            self.stage = closing.enter_context(Stage(self.player, look))
+            self.stage = closing.enter_context(
+                Stage(self.player.env_id, self.player.env_kwargs, look, self.player.actor, self.player.teacher)
+            )
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:

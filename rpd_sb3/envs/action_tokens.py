@@ -7,8 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import N_BINS, Bounds, acted, to_tokens
-from rpd_sb3.labelling.views import token_bins
+from rpd_sb3.contract.bins import N_BINS, Bounds, acted, to_tokens, token_bins
 
 
 class ActionTokens(gym.ActionWrapper):

@@ -13,11 +13,10 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import acted
+from rpd_sb3.contract.bins import acted, token_bins
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.episodes.play import Actor, Evaluator, student_actor, untouched_rng
 from rpd_sb3.labelling.access import find_vec_teacher
-from rpd_sb3.labelling.views import token_bins
 
 CONSTANT = 1e-6
 """A range of actions below this has no correlation with anything."""

@@ -14,10 +14,10 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_env
 from rpd_sb3.envs.factory import evaluation_options
-from rpd_sb3.episodes.play import Episode, play
-from rpd_sb3.evaluate.policy_source import Player
+from rpd_sb3.episodes.play import Actor, Episode, play
 from rpd_sb3.labelling import VecTeacher
 
 FORMATS = (".mp4", ".gif")
@@ -89,26 +89,35 @@ class Window:
 
 
 class Stage:
-    """One environment with a player in it; its episodes are those of an :class:`~rpd_sb3.episodes.play.Evaluator`.
+    """One environment that is looked at; its episodes are those of an :class:`~rpd_sb3.episodes.play.Evaluator`.
 
-    :param player: who plays, and where
+    :param env_id: as in :func:`rpd_sb3.envs.make_env`
+    :param env_kwargs: its options
     :param look: called with the environment at the start of each episode and after each step
-    :raises ValueError: if the environment does not render, or does not fit the player
+    :param make_actor: gives the policy that acts in these environments
+    :param teacher: for a policy that asks it; None: there is none
+    :raises ValueError: if the environment does not render, or does not fit the policy
     """
 
-    def __init__(self, player: Player, look: Film | Window) -> None:
-        teacher = player.teacher
-        options = evaluation_options(player.env_id, player.env_kwargs)
+    def __init__(
+        self,
+        env_id: str,
+        env_kwargs: dict[str, Any],
+        look: Film | Window,
+        make_actor: Callable[[VecEnv], Actor],
+        teacher: Teacher | None = None,
+    ) -> None:
+        options = evaluation_options(env_id, env_kwargs)
         spec = None if teacher is None else teacher.spec
         try:
-            env = make_env(player.env_id, teacher=spec, render_mode=look.render_mode, **options)
+            env = make_env(env_id, teacher=spec, render_mode=look.render_mode, **options)
         except (gym.error.Error, TypeError, ImportError, RuntimeError) as error:
-            raise ValueError(f"env {player.env_id!r} does not render: {error}") from error
+            raise ValueError(f"env {env_id!r} does not render: {error}") from error
         self.venv: VecEnv = DummyVecEnv([lambda: Camera(env, look)])
         try:
             if teacher is not None:
                 self.venv = VecTeacher(self.venv, teacher, label_fraction=0.0)
-            self._act = player.actor(self.venv)
+            self._act = make_actor(self.venv)
         except ValueError:
             self.close()
             raise

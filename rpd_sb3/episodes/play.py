@@ -5,7 +5,6 @@ Shape letters: N environments, K episodes.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,14 +15,14 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import to_tokens
+from rpd_sb3.contract.bins import to_tokens, token_bins
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.factory import evaluation_options
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
-from rpd_sb3.labelling.views import token_bins
 
 EVAL_SEED = 10_000
 """Seed of the first evaluation episode; episode i has ``EVAL_SEED + i``. Training seeds are usually small."""
@@ -63,22 +62,6 @@ class EvalResult(NamedTuple):
             "mean_return": self.mean_return,
             "mean_length": self.mean_length,
         }
-
-
-def wilson_interval(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson, 1927): never empty, never outside [0, 1].
-
-    :param k: successes
-    :param n: trials
-    :param z: quantile of the normal distribution; the default gives 95 %
-    """
-    if not 0 <= k <= n or n < 1:
-        raise ValueError(f"k={k} successes of n={n} trials: 0 <= k <= n and n >= 1 must hold")
-    p = k / n
-    scale = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / scale
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
 def student_actor(model: BaseAlgorithm) -> Actor:

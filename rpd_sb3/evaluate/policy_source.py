@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -15,8 +14,10 @@ from rpd_sb3.envs.factory import check_env_id
 from rpd_sb3.episodes.play import Actor, student_actor, teacher_actor
 from rpd_sb3.export.loading import check_acted, check_observed, export_actor, load_export
 from rpd_sb3.export.runtime import Policy
+from rpd_sb3.labelling.probe import check_observations, probe
+from rpd_sb3.students.device import check_device, set_threads
+from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
-from rpd_sb3.train.build import check_device, open_teacher, probe, set_threads
 
 
 class Player(NamedTuple):
@@ -77,19 +78,3 @@ def open_player(args: Any, closing: ExitStack) -> Player:
     set_threads(None, str(model.device), space)
     check_observations(model, space, str(path), env_id)
     return Player(str(path), model, env_id, env_kwargs)
-
-
-def check_observations(model: BaseAlgorithm, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that a student can look at what an environment shows.
-
-    :param space: the environment's observations
-    :param name: of the student, for the message
-    :param env_id: of the environment, for the message
-    :raises ValueError: if not
-    """
-    try:
-        model.policy.obs_to_tensor(space.sample())  # also takes channels last
-    except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(
-            f"{name} was trained on {model.observation_space}, but env {env_id!r} shows {space}"
-        ) from error

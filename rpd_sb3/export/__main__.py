@@ -66,8 +66,8 @@ class Job:
         from rpd_sb3.export.manifest import token_spec, without_secrets
         from rpd_sb3.export.observations import with_image_size
         from rpd_sb3.export.writer import Export, check_folder
+        from rpd_sb3.students.device import set_threads
         from rpd_sb3.train import folder as runs
-        from rpd_sb3.train.build import set_threads
 
         self.args = args
         self.token = None if args.push_to_hub is None else check_upload(args.push_to_hub)
@@ -91,10 +91,9 @@ class Job:
     def _read_or_probe(self) -> Any:
         """The observations of a file; without one, make sure that the environment shows what the policy knows."""
         from rpd_sb3.envs.factory import check_env_id
-        from rpd_sb3.evaluate.policy_source import check_observations
         from rpd_sb3.export.deploy import input_specs
         from rpd_sb3.export.observations import read
-        from rpd_sb3.train.build import probe
+        from rpd_sb3.labelling.probe import check_observations, probe
 
         specs = input_specs(self.export.policy.observation_space)
         if self.args.observations:

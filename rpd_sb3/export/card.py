@@ -10,7 +10,6 @@ import yaml
 
 from rpd_sb3.export import runtime
 from rpd_sb3.export.formats import FILES
-from rpd_sb3.report.words import count
 
 FIGURES = {"learning_curve.png": "learning_curve.png", "video.mp4": "replay.mp4"}
 """Files of a run and their names in the export; Hugging Face shows ``replay.mp4`` next to the card."""
@@ -125,7 +124,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         + (f", distilled from the teacher `{teacher['name']}`" if teacher else "")
         + f" with `{manifest['training']['algorithm']}`"
         " of rpd_sb3 ([Refined Policy Distillation](https://arxiv.org/abs/2503.05833))."
-        f" {count(manifest['parameters']['policy'])} parameters; {_latency(manifest)}.",
+        f" {manifest['parameters']['policy']:,} parameters; {_latency(manifest)}.",
         "## Use",
         f"```python\n{snippet(manifest)}```",
         _USAGE[manifest["format"]],

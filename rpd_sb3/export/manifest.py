@@ -14,7 +14,7 @@ import yaml
 from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds
-from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.observations import POSE_ACTION

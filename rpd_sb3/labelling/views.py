@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from rpd_sb3.contract.bins import token_bins
 from rpd_sb3.contract.teacher import TEACHER_PREFIX, TeacherSpec
 
 
@@ -141,15 +142,6 @@ def find_instructions(spec: TeacherSpec, venv: VecEnv, instruction: str | None) 
     if instruction is None and venv.has_attr("instruction"):
         return check_instructions(spec, venv.get_attr("instruction"))
     return check_instructions(spec, [instruction] * venv.num_envs)
-
-
-def token_bins(space: spaces.Space) -> int | None:
-    """Bins of each dimension if actions are tokens (:class:`~rpd_sb3.envs.ActionTokens`); None if they are not."""
-    if not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim != 1 or space.start.any():
-        return None
-    if len(set(space.nvec.tolist())) == 1:
-        return int(space.nvec[0])
-    return None
 
 
 def _same_actions(a: spaces.Space, b: spaces.Space) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.report.records import Rate, Record
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpd_sb3.cli.config import load_yaml
-from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.train.folder import load_run
 
 VIDEO, TEACHER_VIDEO = "video.mp4", "teacher_video.mp4"

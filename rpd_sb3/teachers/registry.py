@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 from rpd_sb3.contract.names import closest
@@ -59,6 +60,19 @@ def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return _make_own(name, kind, rest, kwargs)
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
+
+
+def open_teacher(name: str, env_id: str, kwargs: dict[str, Any], closing: ExitStack) -> Teacher:
+    """The teacher of that name; ``closing`` will close it.
+
+    :raises ValueError: if there is none, or it does not take these options
+    """
+    try:
+        teacher = make_teacher(name, env_id, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"teacher {name!r} with {kwargs}: {error}") from error
+    closing.callback(teacher.close)
+    return teacher
 
 
 def _make_model(name: str, kind: str, rest: str, kwargs: dict[str, Any]) -> Teacher:

@@ -118,9 +118,10 @@ def set_up(argv: Sequence[str]) -> Job:
     given = vars(make_parser().parse_args(argv))
     check_at_least(given, AT_LEAST)
     # Late, so that --help and misspelt flags are answered at once.
+    from rpd_sb3.algos import find_algo
     from rpd_sb3.envs.factory import check_env_id
     from rpd_sb3.train import folder as runs
-    from rpd_sb3.train.build import build, find_algo, resolve_config
+    from rpd_sb3.train.build import build, resolve_config
     from rpd_sb3.train.hyperparams import check_section
     from rpd_sb3.train.run import Trainer
 

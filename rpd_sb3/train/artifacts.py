@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.episodes.film import Film, Stage
-from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, untouched_rng
-from rpd_sb3.evaluate.policy_source import Player
+from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, student_actor, teacher_actor, untouched_rng
 from rpd_sb3.train.callbacks import Curve
 
 
@@ -39,16 +42,22 @@ def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | N
     figure.savefig(path, dpi=120)
 
 
-def record_video(path: Path, player: Player, n_episodes: int = 3) -> str | None:
+def record_video(
+    path: Path, env_id: str, env_kwargs: dict[str, Any], policy: BaseAlgorithm | Teacher, n_episodes: int = 3
+) -> str | None:
     """Film the first evaluation episodes.
 
     :param path: ``.mp4`` file
-    :param player: who plays, and where
+    :param env_id: as in :func:`rpd_sb3.envs.make_env`
+    :param env_kwargs: its options
+    :param policy: the student, or the teacher
     :param n_episodes: how many
     :return: why there is no video; None if there is
     """
+    teacher = None if isinstance(policy, BaseAlgorithm) else policy
+    make_actor = (lambda _: student_actor(policy)) if isinstance(policy, BaseAlgorithm) else teacher_actor
     try:
-        with untouched_rng(), Film(path) as film, Stage(player, film) as stage:
+        with untouched_rng(), Film(path) as film, Stage(env_id, env_kwargs, film, make_actor, teacher) as stage:
             for episode in range(n_episodes):
                 stage.play(EVAL_SEED + episode)
     except Exception as error:  # of renderers, encoders, teachers: nothing that a finished run should be lost for

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import (
@@ -24,20 +22,19 @@ from stable_baselines3.common.logger import (
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.algos import ALGOS
-from rpd_sb3.algos.augmentation import has_images
+from rpd_sb3.algos import find_algo
 from rpd_sb3.algos.buffers import use_compact_buffer
 from rpd_sb3.cli.config import find_config, load_section, merge, parse_pairs
-from rpd_sb3.contract.names import closest
 from rpd_sb3.contract.teacher import Teacher
-from rpd_sb3.envs import make_env, make_vec_env
+from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.factory import with_token_bounds
 from rpd_sb3.episodes.play import Evaluator
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
-from rpd_sb3.labelling.views import check_spec, student_space
+from rpd_sb3.labelling.probe import probe
+from rpd_sb3.students.device import check_device, set_threads
 from rpd_sb3.students.warm_start import load_weights
-from rpd_sb3.teachers import make_teacher
+from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
 from rpd_sb3.train.hyperparams import RunConfig, build_hyperparams, check_section, policy_class
 
@@ -68,16 +65,6 @@ class Session:
 
     def close(self) -> None:
         self.closing.close()
-
-
-def find_algo(name: str) -> type[BaseAlgorithm]:
-    """The algorithm of that name.
-
-    :raises ValueError: naming the closest known one
-    """
-    if name not in ALGOS:
-        raise ValueError(f"--algo {name!r} is unknown; choose one of {', '.join(ALGOS)}{closest(name, ALGOS)}")
-    return ALGOS[name]
 
 
 def resolve_config(args: dict[str, Any]) -> RunConfig:
@@ -158,69 +145,10 @@ def build(args: dict[str, Any], config: RunConfig, resume: runs.SavedRun | None,
     return session
 
 
-def check_device(name: str) -> str:
-    """The device, ``auto`` resolved.
-
-    :raises ValueError: if PyTorch does not know it or it is not there
-    """
-    try:
-        device = th.device("cuda" if name == "auto" and th.cuda.is_available() else "cpu" if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is unknown to PyTorch; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= th.cuda.device_count():
-        raise ValueError(f"--device {name!r}: PyTorch sees {th.cuda.device_count()} CUDA devices here")
-    return str(device)
-
-
-def probe(env_id: str, env_kwargs: dict[str, Any], teacher: Teacher | None) -> spaces.Space:
-    """Make one environment in this process, where mistakes have names, and close it again.
-
-    :return: the student's observation space
-    :raises ValueError: if the environment cannot be made, or the teacher does not fit
-    """
-    spec = None if teacher is None else teacher.spec
-    try:
-        env = make_env(env_id, teacher=spec, **env_kwargs)
-    except ValueError:
-        raise
-    except (TypeError, AssertionError, KeyError, AttributeError, ImportError, RuntimeError, gym.error.Error) as error:
-        reason = str(error).split(" was raised from the environment creator")[0]
-        no_renderer = any(sign in reason for sign in ("vk::", "Vulkan", "rendering device"))
-        fix = "; python -m rpd_sb3.doctor says what to install" if no_renderer else ""
-        raise ValueError(f"env {env_id!r} cannot be made with {env_kwargs or 'its defaults'}: {reason}{fix}") from error
-    try:
-        if spec is not None:
-            check_spec(spec, env.observation_space, env.action_space)
-        return student_space(env.observation_space)
-    finally:
-        env.close()
-
-
 def default_policy(algo: type[BaseAlgorithm], space: spaces.Space) -> str:
     """SB3's name of the policy for these observations."""
     kind = "MultiInput" if isinstance(space, spaces.Dict) else "Cnn" if is_image_space(space) else "Mlp"
     return next(name for name in algo.policy_aliases if name.startswith(kind))
-
-
-def set_threads(n: int | None, device: str, space: spaces.Space) -> None:
-    """One thread for a small network on the CPU: more only contend (2.8 times slower on two cores)."""
-    if n is None and device == "cpu" and not has_images(space):
-        n = 1
-    if n is not None:
-        th.set_num_threads(n)
-
-
-def open_teacher(name: str, env_id: str, kwargs: dict[str, Any], closing: ExitStack) -> Teacher:
-    """The teacher of that name; ``closing`` will close it.
-
-    :raises ValueError: if there is none, or it does not take these options
-    """
-    try:
-        teacher = make_teacher(name, env_id, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"teacher {name!r} with {kwargs}: {error}") from error
-    closing.callback(teacher.close)
-    return teacher
 
 
 def _training_env(args: dict[str, Any], config: RunConfig, teacher: Teacher | None, closing: ExitStack) -> VecEnv:

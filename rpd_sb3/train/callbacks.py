@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from rpd_sb3.episodes.play import EvalResult, Evaluator, wilson_interval
+from rpd_sb3.contract.statistics import wilson_interval
+from rpd_sb3.episodes.play import EvalResult, Evaluator
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.train.folder import save_model
 

@@ -13,7 +13,6 @@ from rpd_sb3.cli.common import Interrupt
 from rpd_sb3.contract.teacher import TeacherError
 from rpd_sb3.episodes.agreement import measure_agreement
 from rpd_sb3.episodes.play import EvalResult, describe
-from rpd_sb3.evaluate.policy_source import Player
 from rpd_sb3.train import folder as runs
 from rpd_sb3.train.artifacts import learning_curve, record_video
 from rpd_sb3.train.build import Session
@@ -111,8 +110,7 @@ class Trainer:
                 print(f"no agreement: {error}", flush=True)
         for name, who in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
             if session.args["video"] and who is not None:
-                player = Player(name, who, session.env_id, session.config.env_kwargs)
-                problem = record_video(session.folder / name, player)
+                problem = record_video(session.folder / name, session.env_id, session.config.env_kwargs, who)
                 if problem:
                     print(f"no {name}: {problem}", flush=True)
 

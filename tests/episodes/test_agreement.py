@@ -15,8 +15,7 @@ from stable_baselines3 import PPO
 from rpd_sb3.envs import make_env
 from rpd_sb3.episodes.agreement import Pairs, compare, measure_agreement
 from rpd_sb3.episodes.film import Film, Stage
-from rpd_sb3.episodes.play import Evaluator
-from rpd_sb3.evaluate.policy_source import Player
+from rpd_sb3.episodes.play import Evaluator, student_actor, teacher_actor
 from rpd_sb3.teachers import LocalTeacher
 from rpd_sb3.train.artifacts import record_video
 from rpd_sb3.train.measurements import student_bytes, student_latency, student_parameters
@@ -164,7 +163,7 @@ def frames(path: Path) -> np.ndarray:
 
 def test_a_film_shows_the_start_and_every_step(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
-    with Film(path) as film, Stage(Player("student", student(), TINY, {"length": 4}), film) as stage:
+    with Film(path) as film, Stage(TINY, {"length": 4}, film, lambda _: student_actor(student())) as stage:
         episode = stage.play(3)
         stage.play(4)
     assert episode.length == 4
@@ -178,7 +177,10 @@ def test_a_film_shows_the_start_and_every_step(tmp_path: Path) -> None:
 
 
 def test_a_gif_is_a_gif(tmp_path: Path) -> None:
-    with Film(tmp_path / "film.gif") as film, Stage(Player("student", student(), TINY, {"length": 4}), film) as stage:
+    with (
+        Film(tmp_path / "film.gif") as film,
+        Stage(TINY, {"length": 4}, film, lambda _: student_actor(student())) as stage,
+    ):
         stage.play(3)
     content = (tmp_path / "film.gif").read_bytes()
     assert content.startswith(b"GIF89a")
@@ -186,7 +188,7 @@ def test_a_gif_is_a_gif(tmp_path: Path) -> None:
 
 
 def test_videos_play_in_browsers(tmp_path: Path) -> None:
-    assert record_video(tmp_path / "video.mp4", Player("student", student(), TINY, {})) is None
+    assert record_video(tmp_path / "video.mp4", TINY, {}, student()) is None
     import imageio.v2 as imageio
 
     about = imageio.get_reader(tmp_path / "video.mp4").get_meta_data()
@@ -197,7 +199,7 @@ def test_a_teacher_is_filmed_as_it_plays(tmp_path: Path) -> None:
     to_goal = EchoTeacher(
         lambda query: (query.inputs["state"][:, 1:] - query.inputs["state"][:, :1]) / 0.3, space=ACTIONS
     )
-    with Film(tmp_path / "teacher.mp4") as film, Stage(Player("teacher", to_goal, TINY, {}), film) as stage:
+    with Film(tmp_path / "teacher.mp4") as film, Stage(TINY, {}, film, teacher_actor, to_goal) as stage:
         assert stage.play(0).once
     assert len(to_goal.queries) == 10
     assert to_goal.queries[0].episode_starts.all()
@@ -208,7 +210,7 @@ def test_filming_that_fails_leaves_no_file(tmp_path: Path) -> None:
     def answer(query: Any) -> Any:
         raise RuntimeError("out of\nmemory")
 
-    problem = record_video(tmp_path / "teacher.mp4", Player("teacher", EchoTeacher(answer, space=ACTIONS), TINY, {}))
+    problem = record_video(tmp_path / "teacher.mp4", TINY, {}, EchoTeacher(answer, space=ACTIONS))
     assert problem is not None
     assert "out of" in problem
     assert "\n" not in problem
@@ -217,5 +219,5 @@ def test_filming_that_fails_leaves_no_file(tmp_path: Path) -> None:
 
 def test_an_environment_without_pictures_is_not_filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TinyEnv, "render", lambda self: np.zeros((3, 3)))
-    problem = record_video(tmp_path / "video.mp4", Player("student", student(), TINY, {}))
+    problem = record_video(tmp_path / "video.mp4", TINY, {}, student())
     assert problem == "the environment renders something of shape (3, 3)"

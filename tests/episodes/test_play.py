@@ -17,15 +17,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.episodes.play import (
-    EvalResult,
-    Evaluator,
-    student_actor,
-    teacher_actor,
-    untouched_rng,
-    wilson_interval,
-)
+from rpd_sb3.episodes.play import EvalResult, Evaluator, student_actor, teacher_actor, untouched_rng
 from rpd_sb3.teachers import make_teacher
 from rpd_sb3.train.callbacks import EvalSuccessCallback
 from tests.support.helpers import EchoTeacher

@@ -21,8 +21,8 @@ import pytest
 import yaml
 from stable_baselines3 import PPO
 
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.enjoy import __main__ as enjoy
-from rpd_sb3.episodes.play import wilson_interval
 from rpd_sb3.evaluate import __main__ as evaluate
 from rpd_sb3.export import __main__ as export
 from rpd_sb3.export import manifest as manifests

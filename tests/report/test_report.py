@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO
 
-from rpd_sb3.episodes.play import wilson_interval
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.report import __main__ as report
 from rpd_sb3.report import page as page_module
 from rpd_sb3.report import tables, words
