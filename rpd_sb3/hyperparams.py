@@ -1,3 +1,5 @@
-"""Where models that version 0.1 has saved look for the classes of :mod:`rpd_sb3.train.hyperparams`."""
+"""Where models that version 0.1 has saved look for :class:`rpd_sb3.algos.curriculum.CosineSchedule`."""
 
-from rpd_sb3.train.hyperparams import *  # noqa: F403
+from rpd_sb3.algos.curriculum import CosineSchedule
+
+__all__ = ["CosineSchedule"]

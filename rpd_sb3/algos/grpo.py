@@ -2,120 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.algos.loop import OnPolicyDistillation
-from rpd_sb3.algos.losses import group_advantage
-from rpd_sb3.envs.groups import begin_groups, check_groups
+from rpd_sb3.algos.groups import GroupedRollouts
 
 
-class Episode(NamedTuple):
-    """An episode that lies in the rollout as a whole."""
-
-    steps: slice
-    episode_return: float
-    """Sum of the environment's rewards: undiscounted, without SB3's bootstrap at the time limit."""
-
-
-class GRPO(OnPolicyDistillation):
+class GRPO(GroupedRollouts):
     """PPO's clipped surrogate on A = (R - mean(R)) / std(R), the returns R of G episodes from one initial state (eq. 3).
 
-    Each rollout begins with a reset: G neighbouring environments are a group, and the i-th episode of each member begins
-    alike. All steps of an episode get its advantage; there is no critic. Episodes that the rollout cuts off, and those of
-    their group that they were to be compared with, count for nothing, so ``n_steps`` should be the time limit of an episode
-    or a multiple.
+    All steps of an episode get its advantage; there is no critic. Episodes that the rollout cuts off count for nothing, so
+    ``n_steps`` should be the time limit of an episode or a multiple.
 
-    :param group_size: G
-    :param filter_groups: leave out groups whose returns are all equal (all failed, or all succeeded alike), as DAPO (Yu et
-        al., 2025) does: the mean of the surrogate is over the other transitions alone
-    :param kwargs: arguments of :class:`OnPolicyDistillation` and PPO; ``vf_coef`` is 0, advantages are not normalised again
+    :param group_size: G, at least 2
+    :param kwargs: arguments of :class:`GroupedRollouts`, :class:`OnPolicyDistillation` and PPO
     :raises ValueError: if the groups do not fit the environments, or are too small
     """
 
-    min_group_size = 2
-
-    def __init__(
-        self,
-        policy: Any,
-        env: GymEnv | str | None,
-        *,
-        group_size: int = 8,
-        filter_groups: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        if group_size < self.min_group_size:
-            raise ValueError(f"{type(self).__name__}: group_size={group_size} must be at least {self.min_group_size}")
-        self.group_size = group_size
-        self.filter_groups = filter_groups
-        self._episodes: list[list[Episode]] = []
-        super().__init__(policy, env, **({"vf_coef": 0.0, "normalize_advantage": False} | kwargs))
-
-    def _setup_model(self) -> None:
-        if self.env is not None:
-            check_groups(self.env, self.group_size)
-        super()._setup_model()
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        super().set_random_seed(seed)
-        self._group_rng = np.random.default_rng(seed)
-
-    def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        self._episodes = [[] for _ in range(env.num_envs)]
-        self._starts = [0] * env.num_envs
-        if self.group_size > 1:
-            begin_groups(env, self.group_size, self._group_rng)
-            self._restart(env)
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-
-    def _restart(self, env: VecEnv) -> None:
-        """Begin new episodes; SB3 goes on from these observations."""
-        self._last_obs = env.reset()  # type: ignore[assignment]
-        self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        super()._update_info_buffer(infos, dones)
-        if not self.compares_episodes():
-            return
-        end = self.rollout_buffer.pos + 1
-        for env, done in enumerate(() if dones is None else dones):
-            if done:
-                if "episode" not in infos[env]:
-                    raise ValueError(f"{type(self).__name__} needs episodes' returns: wrap each env in SB3's Monitor")
-                self._episodes[env].append(Episode(slice(self._starts[env], end), infos[env]["episode"]["r"]))
-                self._starts[env] = end
-
-    def compares_episodes(self) -> bool:
-        """Whether the returns of episodes are needed."""
-        return True
+    def __init__(self, policy: Any, env: GymEnv | str | None, *, group_size: int = 8, **kwargs: Any) -> None:
+        if group_size < 2:
+            raise ValueError(f"GRPO: group_size={group_size} must be at least 2")
+        super().__init__(policy, env, group_size=group_size, **kwargs)
 
     def prepare_rollout(self) -> None:
         """Replace the advantages of SB3's critic by those of the groups."""
-        advantages = np.zeros_like(self.rollout_buffer.advantages)
-        kept = np.zeros(advantages.shape, dtype=bool)
-        n_groups = n_used = 0
-        for first in range(0, len(self._episodes), self.group_size):
-            members = range(first, first + self.group_size)
-            for episodes in zip(*(self._episodes[env] for env in members)):
-                group = group_advantage(th.tensor([[episode.episode_return for episode in episodes]]))[0].tolist()
-                n_groups, used = n_groups + 1, any(group)
-                n_used += used
-                for env, episode, advantage in zip(members, episodes, group):
-                    advantages[episode.steps, env] = advantage
-                    kept[episode.steps, env] = used or not self.filter_groups
-        # The loss is a mean over all transitions of the rollout; this makes it one over those that count.
-        self.rollout_buffer.advantages = advantages * (kept.size / max(kept.sum(), 1))
-        self.logger.record("rollout/groups", n_groups)
-        self.logger.record("rollout/mixed_groups", n_used)
-        self.logger.record("rollout/kept_transitions", float(kept.mean()))
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_episodes", "_starts", "_group_rng"]
+        self.rollout_buffer.advantages = self.group_advantages()

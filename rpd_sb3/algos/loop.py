@@ -1,4 +1,8 @@
-"""The only training loop: PPO with two seams for distillation. Shape letters: B minibatch, A action dimensions."""
+"""The only training loop: PPO with four seams for distillation. Shape letters: B minibatch, A action dimensions.
+
+``needs`` names the labels, ``prepare_rollout`` edits the rollout before the update, ``distill_loss`` is the term that is
+distilled, and ``curriculum`` says which of the losses leads.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor, safe_mean, update_learning_rate
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
@@ -27,8 +31,8 @@ from rpd_sb3.algos.buffers import (
     LabelReplay,
     Student,
 )
-from rpd_sb3.algos.losses import clipped_surrogate, standardised
-from rpd_sb3.algos.training_log import log_update
+from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
+from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
 from rpd_sb3.contract.teacher import TeacherError
 from rpd_sb3.labelling.access import check_teacher, set_label_fraction
 
@@ -41,10 +45,10 @@ MAX_MISSING = 0.5
 
 
 class OnPolicyDistillation(PPO):
-    """PPO with two seams; bit-identical to SB3's PPO as long as nothing is distilled.
+    """PPO with seams for distillation; bit-identical to SB3's PPO as long as nothing is distilled.
 
     Subclasses say which labels they need and override :meth:`prepare_rollout`, :meth:`distill_loss`, or both. The
-    environment has to carry a teacher: ``VecTeacher`` around the VecEnv, or ``TeacherWrapper`` around each environment.
+    environment must carry a teacher: ``VecTeacher`` around the VecEnv, or ``TeacherWrapper`` around each environment.
 
     ``target_kl`` stops the surrogate (and with it the entropy bonus) for the rest of the update, never the distillation
     term or the value loss: imitation alone moves a policy with a small std beyond any usual limit within minibatches.
@@ -54,8 +58,7 @@ class OnPolicyDistillation(PPO):
     :param distill_coef: weight of the distillation term, a number or a schedule of the remaining progress; at 0 the
         teacher is not asked
     :param success_cutoff: success rate of the last training episodes at which the reward takes over: the weight is 0 from
-        there on, and back if the success rate falls below half of that. A hand-over, not a ramp: under Adam a term that
-        is alone moves the policy as far with a small weight as with a large one. None: no hand-over
+        there on, and back if the success rate falls below half of that. None: no hand-over
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
     :param label_fraction: share of transitions to label
@@ -92,42 +95,39 @@ class OnPolicyDistillation(PPO):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        checks = {
-            f"distill_coef={distill_coef} must not be negative": callable(distill_coef) or distill_coef >= 0,
-            f"success_cutoff={success_cutoff} must lie in (0, 1]": success_cutoff is None or 0 < success_cutoff <= 1,
-            f"reward_learning_rate={reward_learning_rate} must be positive": (reward_learning_rate or 1) > 0,
-            f"label_fraction={label_fraction} must lie in (0, 1]": 0 < label_fraction <= 1,
-            f"label_replay={label_replay} must not be negative": label_replay >= 0,
-            f"replay_batch_size={replay_batch_size} must be positive": replay_batch_size is None
-            or replay_batch_size > 0,
-            f"image_shift={image_shift} must not be negative": image_shift >= 0,
-            f"ppo_coef={ppo_coef} must not be negative": ppo_coef >= 0,
-            f"clip_range_high={clip_range_high} must be positive": (clip_range_high or 1) > 0,
-            f"advantage_std_floor={advantage_std_floor} must not be negative": advantage_std_floor >= 0,
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise ValueError(f"{type(self).__name__}: {message}")
+        for name, value, least in (
+            ("label_replay", label_replay, 0),
+            ("replay_batch_size", replay_batch_size, 1),
+            ("image_shift", image_shift, 0),
+            ("advantage_std_floor", advantage_std_floor, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be at least {least}")
+        if not 0 < label_fraction <= 1:
+            raise ValueError(f"{type(self).__name__}: label_fraction={label_fraction} must lie in (0, 1]")
+        if clip_range_high is not None and not clip_range_high > 0:
+            raise ValueError(f"{type(self).__name__}: clip_range_high={clip_range_high} must be positive")
+        self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate)
+        if success_cutoff is not None:
+            self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True))
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
-        self.distill_coef: float | Schedule = distill_coef
-        self.success_cutoff = success_cutoff
-        self.reward_learning_rate = reward_learning_rate
         self.label_fraction = label_fraction
         self.label_replay = label_replay
-        self.replay_batch_size, self.image_shift = replay_batch_size, image_shift
-        self.ppo_coef = ppo_coef
-        self.clip_range_high, self.advantage_std_floor = clip_range_high, advantage_std_floor
-        self._current_distill_coef, self._handed_over = 0.0, False
+        self.replay_batch_size = replay_batch_size
+        self.image_shift = image_shift
+        self.clip_range_high = clip_range_high
+        self.advantage_std_floor = advantage_std_floor
         if _init_setup_model:
             self._check_teacher()
             self._setup_model()
 
     def _setup_model(self) -> None:
+        if "_handed_over" in vars(self):
+            self.curriculum = curriculum_of_version_0_1(vars(self))
         if self.rollout_buffer_class is None:
             dict_obs = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
         super()._setup_model()
-        self.distill_coef = FloatSchedule(self.distill_coef)
         self.label_replay_buffer = LabelReplay(self.label_replay) if self.label_replay else None
 
     def prepare_rollout(self) -> None:
@@ -141,18 +141,6 @@ class OnPolicyDistillation(PPO):
         :return: scalar, and values to log under ``train/``
         """
         raise NotImplementedError(f"{type(self).__name__} needs {set(self.needs)} but defines no distill_loss")
-
-    def schedule_distill_coef(self) -> float:
-        """Weight of the distillation term for the coming rollout."""
-        if self.success_cutoff is not None and self.ep_success_buffer:
-            success_rate = safe_mean(self.ep_success_buffer)
-            cutoff = self.success_cutoff / 2 if self._handed_over else self.success_cutoff
-            self._handed_over = success_rate >= cutoff
-        return 0.0 if self._handed_over else float(self.distill_coef(self._current_progress_remaining))  # type: ignore[operator]
-
-    def surrogate_coef(self) -> float:
-        """Weight of the surrogate in the coming update."""
-        return self.ppo_coef
 
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
         """What the imitation term is computed on: the minibatch, or pairs from the label replay."""
@@ -188,9 +176,10 @@ class OnPolicyDistillation(PPO):
     ) -> bool:
         # SB3 does this after each rollout; the first one of a resumed training would go by where the last training ended.
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-        self._current_distill_coef = self.schedule_distill_coef()
+        success_rate = safe_mean(self.ep_success_buffer) if self.ep_success_buffer else None
+        self.curriculum.update(self.num_timesteps, self._current_progress_remaining, success_rate)
         if self.needs:
-            set_label_fraction(env, self.label_fraction if self._current_distill_coef > 0 else 0.0)
+            set_label_fraction(env, self.label_fraction if self.curriculum.distill_coef > 0 else 0.0)
         completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         if self.needs and not completed:
             # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
@@ -201,12 +190,15 @@ class OnPolicyDistillation(PPO):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 calls this once for each step that goes into the rollout buffer, and never for an aborted one.
         super()._update_info_buffer(infos, dones)
-        self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
+        if self.needs:
+            self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
 
     def _gather_labels(self) -> None:
+        if not self.needs:
+            return
         buffer: Any = self.rollout_buffer
         missing = buffer.gather_labels(self.needs)
-        if not self.needs or self._current_distill_coef == 0:
+        if self.curriculum.distill_coef == 0:
             return
         if missing > MAX_MISSING:
             raise TeacherError(f"{missing:.0%} of this rollout's labels are missing; at most {MAX_MISSING:.0%} may")
@@ -219,15 +211,16 @@ class OnPolicyDistillation(PPO):
 
     def train(self) -> None:
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
-        self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        if self._handed_over and self.reward_learning_rate is not None:
-            update_learning_rate(self.policy.optimizer, self.reward_learning_rate)
-            self.logger.record("train/learning_rate", self.reward_learning_rate)
+        if (learning_rate := self.curriculum.learning_rate) is not None:
+            update_learning_rate(self.policy.optimizer, learning_rate)
+            self.logger.record("train/learning_rate", learning_rate)
         self._gather_labels()
         self.prepare_rollout()
+        self.policy.set_training_mode(True)
+        distill_coef = self.curriculum.distill_coef
         buffer: Any = self.rollout_buffer
-        distils = self._current_distill_coef > 0 and bool(buffer.labels)
+        distils = distill_coef > 0 and bool(buffer.labels)
         use_surrogate = True
         logs: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -244,7 +237,7 @@ class OnPolicyDistillation(PPO):
                     loss = surrogate + loss
                 if distils:
                     distill_loss, values = self.distill_loss(batch, student)
-                    loss = loss + self._current_distill_coef * distill_loss
+                    loss = loss + distill_coef * distill_loss
                     for name, value in {"distill_loss": distill_loss.item(), **values}.items():
                         logs[name].append(value)
                 logs["loss"] = [loss.item()]
@@ -257,9 +250,9 @@ class OnPolicyDistillation(PPO):
             self._n_updates += 1
             if not (use_surrogate or distils):
                 break
-        log_update(self, logs)
+        self._log_update(logs)
         if self.needs or "distill_loss" in logs:
-            self.logger.record("train/distill_coef", self._current_distill_coef)
+            self.logger.record("train/distill_coef", distill_coef)
 
     def _ppo_losses(
         self, batch: LabelledSamples, logs: defaultdict[str, list[float]]
@@ -289,11 +282,27 @@ class OnPolicyDistillation(PPO):
         logs["entropy_loss"].append(entropy_loss.item())
         logs["clip_fraction"].append(clip_fraction)
         logs["approx_kl"].append(approx_kl)
-        return student, self.surrogate_coef() * policy_loss + self.ent_coef * entropy_loss, value_loss, approx_kl
+        surrogate = self.ent_coef * entropy_loss
+        if (coef := self.curriculum.surrogate_coef) > 0:
+            surrogate = coef * policy_loss + surrogate
+        return student, surrogate, value_loss, approx_kl
+
+    def _log_update(self, values: Mapping[str, list[float]]) -> None:
+        """Record the means over the minibatches, and SB3's own entries, under ``train/``."""
+        record, buffer = self.logger.record, self.rollout_buffer
+        for name, numbers in values.items():
+            record(f"train/{name}", safe_mean(numbers))
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", th.exp(self.policy.log_std).mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name in ("clip_range", "clip_range_vf"):
+            if (schedule := getattr(self, name)) is not None:
+                record(f"train/{name}", schedule(self._current_progress_remaining))
 
     def _advantages(self, batch: LabelledSamples) -> th.Tensor:
         if self.normalize_advantage and len(batch.advantages) > 1:  # one sample has no std, see SB3's issue #325
-            return standardised(batch.advantages, self.advantage_std_floor)
+            return normalize_advantage(batch.advantages, self.advantage_std_floor)
         return batch.advantages
 
     def _excluded_save_params(self) -> list[str]:

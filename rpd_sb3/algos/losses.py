@@ -26,7 +26,7 @@ def masked_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def standardised(advantages: th.Tensor, std_floor: float) -> th.Tensor:
+def normalize_advantage(advantages: th.Tensor, std_floor: float) -> th.Tensor:
     """Advantages of mean 0 and, where they vary by more than the floor, std 1.
 
     :param advantages: ``(B,)``, B > 1
@@ -153,12 +153,12 @@ def sampled_advantage(student_log_prob: th.Tensor, teacher_log_prob: th.Tensor) 
 
     In expectation over the student's actions, its policy gradient is the one of the full reverse KL of whole actions.
 
-    :param student_log_prob: ``(B, K)`` under the policy that took the actions
-    :param teacher_log_prob: ``(B, K)`` of the same tokens, after the same earlier tokens
-    :return: ``(B,)``, summed over tokens, without gradient
+    :param student_log_prob: ``(...)`` of whole actions (summed over tokens), under the policy that took them
+    :param teacher_log_prob: ``(...)`` of the same actions, each token after the same earlier tokens
+    :return: ``(...)``, without gradient
     """
-    # Not to be standardised: its std vanishes with the KL, so the closer the policies, the more noise would be amplified.
-    return (teacher_log_prob - student_log_prob).sum(dim=1).detach()
+    # Must not be normalized: its std vanishes with the KL, so the closer the policies, the more noise would be amplified.
+    return (teacher_log_prob - student_log_prob).detach()
 
 
 def k3(student_log_prob: th.Tensor, teacher_log_prob: th.Tensor) -> th.Tensor:
@@ -283,3 +283,26 @@ def token_entropy(logits: th.Tensor) -> th.Tensor:
     """
     log_probs = _log_probs(logits)
     return -_expected(log_probs, log_probs)
+
+
+def token_statistics(student_logits: th.Tensor, teacher_logits: th.Tensor, labelled: th.Tensor) -> dict[str, float]:
+    """Divergences both ways, agreement and entropies, for all tokens together and for each (``/0`` to ``/K-1``); for logging.
+
+    :param student_logits: ``(B, K, V)``
+    :param teacher_logits: ``(B, K, V)``
+    :param labelled: ``(B,)`` bool, the samples that count
+    :return: name to mean
+    """
+    per_token = {
+        "reverse_kl": token_divergence(student_logits, teacher_logits, "reverse_kl"),
+        "forward_kl": token_divergence(student_logits, teacher_logits, "forward_kl"),
+        "top1_agreement": top1_agreement(student_logits, teacher_logits).float(),
+        "student_entropy": token_entropy(student_logits),
+        "teacher_entropy": token_entropy(teacher_logits),
+    }
+    statistics = {}
+    for name, values in per_token.items():
+        means = [masked_mean(token, labelled).item() for token in values.unbind(dim=1)]
+        statistics[name] = sum(means) / len(means)
+        statistics |= {f"{name}/{token}": mean for token, mean in enumerate(means)}
+    return statistics

@@ -13,9 +13,8 @@ from stable_baselines3.common.type_aliases import GymEnv
 from rpd_sb3.algos.buffers import LabelledSamples
 from rpd_sb3.algos.loop import OnPolicyDistillation, Student, TeacherError
 from rpd_sb3.algos.losses import floored, gaussian_kl, masked_mean, ratio_weighted, token_divergence
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.students.tokens import token_logits
-
-DIRECTIONS = ("forward", "reverse")
 
 
 class PPD(OnPolicyDistillation):
@@ -47,8 +46,7 @@ class PPD(OnPolicyDistillation):
         teacher_floor: float = 0.01,
         **kwargs: Any,
     ) -> None:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"PPD: direction={direction!r} is unknown; choose one of {', '.join(DIRECTIONS)}")
+        check_choice("PPD", "direction", direction, ("forward", "reverse"))
         if not 0 <= teacher_floor < 1:
             raise ValueError(f"PPD: teacher_floor={teacher_floor} must lie in [0, 1)")
         if n := kwargs.get("label_replay", 0):
@@ -65,7 +63,7 @@ class PPD(OnPolicyDistillation):
         super()._setup_model()
 
     def prepare_rollout(self) -> None:
-        """Make sure that the KL is finite.
+        """Check that the KL is finite.
 
         :raises TeacherError: if the teacher's std is not positive
         """

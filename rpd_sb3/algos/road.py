@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
@@ -23,8 +22,9 @@ from rpd_sb3.algos.losses import (
     token_divergence,
     token_entropy,
 )
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.demos.files import each
-from rpd_sb3.students.tokens import token_logits
+from rpd_sb3.students.tokens import token_logits, token_shape
 
 CHUNK = 2048
 """Observations of one forward pass over the rollout."""
@@ -73,14 +73,9 @@ class ROAD(OnPolicyDistillation):
         distill_coef: float | Schedule = 0.5,
         **kwargs: Any,
     ) -> None:
-        choices = {
-            "divergence": (divergence, ("forward_kl", "jsd")),
-            "teacher_anchor": (teacher_anchor, ("current", "rollout")),
-            "token_reduction": (token_reduction, ("mean", "sum")),
-        }
-        for key, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"ROAD: {key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        check_choice("ROAD", "divergence", divergence, ("forward_kl", "jsd"))
+        check_choice("ROAD", "teacher_anchor", teacher_anchor, ("current", "rollout"))
+        check_choice("ROAD", "token_reduction", token_reduction, ("mean", "sum"))
         if not 0 <= alpha <= 1:
             raise ValueError(f"ROAD: alpha={alpha} must lie in [0, 1]")
         for key, unused in {"label_replay": 0, "label_fraction": 1.0}.items():
@@ -88,16 +83,19 @@ class ROAD(OnPolicyDistillation):
                 raise ValueError(f"ROAD: {key}={kwargs[key]} is for a teacher's labels, and ROAD asks no teacher")
         if eta <= 0 or weight_clip <= 0:
             raise ValueError(f"ROAD: eta={eta} and weight_clip={weight_clip} must be positive")
-        self.reference, self.alpha, self.gate, self.positive_only = reference, alpha, gate, positive_only
-        self.eta, self.weight_clip, self.divergence = eta, weight_clip, divergence
-        self.teacher_anchor, self.token_reduction = teacher_anchor, token_reduction
+        self.reference = reference
+        self.alpha = alpha
+        self.gate = gate
+        self.positive_only = positive_only
+        self.eta = eta
+        self.weight_clip = weight_clip
+        self.divergence = divergence
+        self.teacher_anchor = teacher_anchor
+        self.token_reduction = token_reduction
         super().__init__(policy, env, distill_coef=distill_coef, **kwargs)
 
     def _setup_model(self) -> None:
-        if not isinstance(self.action_space, spaces.MultiDiscrete):
-            raise ValueError(
-                f"ROAD needs action tokens, got {self.action_space}; wrap the env in ActionTokens (--env-kwargs tokens:true)"
-            )
+        token_shape(self.action_space, "ROAD")
         if self.alpha > 0 and self.reference is None:  # not in the constructor: SB3 calls that with defaults to load
             raise ValueError(
                 f"ROAD: alpha={self.alpha} needs the critic of a PPO run: give reference=FILE.zip, or alpha=0"

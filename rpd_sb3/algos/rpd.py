@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from rpd_sb3.algos.buffers import LabelledSamples
 from rpd_sb3.algos.loop import OnPolicyDistillation, Student
 from rpd_sb3.algos.losses import action_l1, action_mse, masked_mean
+from rpd_sb3.contract.names import check_choice
 
 LOSSES = ("mse", "l1", "bc")
 
@@ -36,8 +37,7 @@ class RPD(OnPolicyDistillation):
     needs = frozenset({"action"})
 
     def __init__(self, policy: Any, env: GymEnv | str | None, *, loss: str = "mse", **kwargs: Any) -> None:
-        if loss not in LOSSES:
-            raise ValueError(f"RPD: loss={loss!r} is unknown; choose one of {', '.join(LOSSES)}")
+        check_choice("RPD", "loss", loss, LOSSES)
         self.loss = loss
         super().__init__(policy, env, **kwargs)
 

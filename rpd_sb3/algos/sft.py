@@ -1,118 +1,42 @@
-"""Behaviour cloning on a file of demonstrations (supervised fine-tuning).
+"""Supervised fine-tuning: behaviour cloning of recorded demonstrations, the imitation term without a teacher at hand.
 
 Shape letters: n transitions, B minibatch, A action dimensions.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
 
+from rpd_sb3.algos.buffers import LabelledSamples, Student
+from rpd_sb3.algos.loop import OnPolicyDistillation
 from rpd_sb3.algos.losses import action_mse
-from rpd_sb3.contract.bins import Bounds
-from rpd_sb3.demos.files import Demonstrations, Observation, each, load
+from rpd_sb3.contract.names import check_choice
+from rpd_sb3.demos.files import Demonstrations, Observation, load
 from rpd_sb3.envs.action_tokens import find_token_bounds, targets
-
-LOSSES = ("bc", "mse")
 
 Self = TypeVar("Self", bound="SFT")
 
 
-def clone(
-    policy: ActorCriticPolicy,
-    observations: Observation,
-    actions: np.ndarray,
-    *,
-    n_epochs: float,
-    batch_size: int,
-    max_grad_norm: float,
-    rng: np.random.Generator,
-    loss: str = "bc",
-    bounds: Bounds | None = None,
-    after_batch: Callable[[dict[str, float]], bool] | None = None,
-) -> dict[str, float]:
-    """Train a policy to act as demonstrated: L = -E[log pi(a|s)] (``bc``), or the mean squared distance (``mse``).
+class SFT(OnPolicyDistillation):
+    """L = -E[log pi(a|s)] (``bc``) or the mean squared distance of the mean action (``mse``) on demonstrations (s, a).
 
-    Every minibatch is full: an epoch's last one goes on with the first transitions of the next epoch.
-
-    :param policy: with an optimiser
-    :param observations: ``(n, ...)``, or a dict of such arrays
-    :param actions: ``(n, A)`` continuous, also for a policy that acts with tokens
-    :param n_epochs: passes over the demonstrations, rounded up to whole minibatches
-    :param batch_size: B
-    :param max_grad_norm: at which gradients are clipped
-    :param rng: shuffles
-    :param loss: ``bc`` or ``mse``; ``mse`` needs a Box
-    :param bounds: of the bins, for a policy that acts with tokens; None: -1 and 1
-    :param after_batch: gets the values of a minibatch after its step; False stops
-    :return: values to log, averages over the last pass: ``loss``, and ``accuracy`` of single tokens or ``mse``
-    :raises ValueError: if the actions do not fit the policy
-    """
-    labels = targets(actions, policy.action_space, bounds)
-    history: deque[dict[str, float]] = deque(maxlen=math.ceil(len(actions) / batch_size))
-    stream = _shuffled(len(actions), batch_size, rng)
-    for _ in range(math.ceil(n_epochs * len(actions) / batch_size)):
-        rows = next(stream)
-        policy.set_training_mode(True)
-        obs, _ = policy.obs_to_tensor(each(lambda values, rows=rows: values[rows], observations))
-        objective, values = imitation_loss(policy, obs, th.as_tensor(labels[rows], device=policy.device), loss)
-        policy.optimizer.zero_grad()
-        objective.backward()
-        th.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        policy.optimizer.step()
-        history.append(values)
-        if after_batch is not None and not after_batch(values):
-            break
-    policy.set_training_mode(False)
-    return {name: safe_mean([values[name] for values in history]) for name in history[-1]} if history else {}
-
-
-def imitation_loss(
-    policy: ActorCriticPolicy, obs: Any, actions: th.Tensor, loss: str
-) -> tuple[th.Tensor, dict[str, float]]:
-    """The loss of one minibatch, a scalar to be minimised, and values to log.
-
-    :param policy: to be trained
-    :param obs: ``(B, ...)``, or a dict of such tensors
-    :param actions: ``(B, A)`` in the policy's action space
-    :param loss: ``bc`` or ``mse``
-    """
-    _, log_prob, _ = policy.evaluate_actions(obs, actions)
-    mode = policy.action_dist.mode()  # of tokens: each given the demonstrated ones before it
-    objective = -log_prob.mean()
-    if not isinstance(policy.action_space, spaces.Box):
-        return objective, {"loss": objective.item(), "accuracy": (mode == actions).float().mean().item()}
-    mse = action_mse(mode, actions).mean()
-    objective = mse if loss == "mse" else objective
-    return objective, {"loss": objective.item(), "mse": mse.item()}
-
-
-def _shuffled(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows of full minibatches, ``(B,)`` each, from one permutation of n after the other, without end."""
-    rows = np.zeros(0, dtype=int)
-    while True:
-        while len(rows) < batch_size:
-            rows = np.append(rows, rng.permutation(n))
-        yield rows[:batch_size]
-        rows = rows[batch_size:]
-
-
-class SFT(PPO):
-    """Supervised fine-tuning: the student learns demonstrations by heart and never acts while it learns.
-
+    A minibatch of demonstrations stands where a rollout would: the student never acts while it learns, and the environment
+    only says what spaces there are. Every minibatch is full: a pass's last one goes on with the first transitions of the next.
     ``total_timesteps`` counts the transitions trained on, so that evaluations, checkpoints and the learning rate go by
-    those; the environment only says what spaces there are. ``bc`` also narrows a Gaussian's std to the error that is left.
-    What is saved is PPO's to go on with, but for the value function, which nobody has trained.
+    those. ``bc`` also narrows a Gaussian's std to the error that is left. What is saved is PPO's to go on with, except for the
+    value function, which has not been trained.
 
     :param policy: as in PPO
     :param env: as in PPO; its observations and actions must be those of the demonstrations
@@ -120,7 +44,7 @@ class SFT(PPO):
     :param n_demos: train on the first episodes alone; None: on all
     :param loss: ``bc``, -log pi(demonstrated action), or ``mse`` of the mean action, which leaves the std as it is
     :param learning_rate: a number, or a schedule of the remaining progress
-    :param batch_size: transitions of a minibatch
+    :param batch_size: B
     :param max_grad_norm: at which gradients are clipped
     :param policy_kwargs: as in PPO
     :param tensorboard_log: as in PPO
@@ -148,18 +72,20 @@ class SFT(PPO):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        if loss not in LOSSES:
-            raise ValueError(f"SFT: loss={loss!r} is unknown; choose one of {', '.join(LOSSES)}")
-        for name, value in {"batch_size": batch_size, "max_grad_norm": max_grad_norm, "n_demos": n_demos}.items():
+        check_choice("SFT", "loss", loss, ("bc", "mse"))
+        for name, value in (("batch_size", batch_size), ("max_grad_norm", max_grad_norm), ("n_demos", n_demos)):
             if value is not None and value <= 0:
                 raise ValueError(f"SFT: {name}={value} must be positive")
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]
-            learning_rate,
-            n_steps=2,  # the rollout buffer stays empty
+            env,
+            learning_rate=learning_rate,
+            n_steps=2,  # of SB3's rollout buffer, which is exchanged below
             batch_size=2,
+            n_epochs=1,
             max_grad_norm=max_grad_norm,
+            ppo_coef=0.0,
+            vf_coef=0.0,
             policy_kwargs=policy_kwargs,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -167,14 +93,23 @@ class SFT(PPO):
             device=device,
             _init_setup_model=False,
         )
-        self.demonstrations, self.n_demos = demonstrations, n_demos
-        self.loss, self.batch_size = loss, batch_size
+        self.demonstrations = demonstrations
+        self.n_demos = n_demos
+        self.loss = loss
+        self.batch_size = batch_size
         self._demos: Demonstrations | None = None
         if loss == "mse" and env is not None and not isinstance(self.action_space, spaces.Box):
             raise ValueError(f"SFT: loss='mse' needs a Box action space, got {self.action_space}; use loss='bc'")
         if _init_setup_model:
             self._setup_model()
             self._demos = self._load()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        buffer: Any = self.rollout_buffer_class
+        self.rollout_buffer = buffer(
+            self.batch_size, self.observation_space, self.action_space, device=self.device, n_envs=1
+        )
 
     def _load(self) -> Demonstrations:
         """The demonstrations, checked against the environment."""
@@ -205,7 +140,7 @@ class SFT(PPO):
         self: Self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str = "SFT",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -217,62 +152,86 @@ class SFT(PPO):
         :param log_interval: passes over the demonstrations between two lines of the log
         :raises ValueError: if the demonstrations cannot be read or do not fit
         """
-        self._demos = demos = self._demos or self._load()
-        n, seed = len(demos.actions), None if self.seed is None else [self.seed, self.num_timesteps]
-        total, callbacks = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        logs: defaultdict[str, list[float]] = defaultdict(list)
-
-        def begin() -> bool:
-            self._update_current_progress_remaining(self.num_timesteps, total)
-            if self.num_timesteps >= total:
-                return False
-            self._update_learning_rate(self.policy.optimizer)
-            callbacks.on_rollout_start()
-            return True
-
-        def after_batch(values: dict[str, float]) -> bool:
-            self.num_timesteps += self.batch_size
-            self._n_updates += 1
-            for name, value in values.items():
-                logs[name].append(value)
-            if not callbacks.on_step():
-                return False
-            callbacks.on_rollout_end()
-            epoch, step = divmod(self.num_timesteps - self._num_timesteps_at_start, n)
-            if step < self.batch_size and log_interval is not None and epoch % log_interval == 0:
-                self._log(logs, epoch)
-            return begin()
-
-        callbacks.on_training_start(locals(), globals())
-        if begin():
-            clone(
-                self.policy,
-                demos.observations,
-                demos.actions,
-                n_epochs=(total - self.num_timesteps) / n,
-                batch_size=self.batch_size,
-                max_grad_norm=self.max_grad_norm,
-                rng=np.random.default_rng(seed),
-                loss=self.loss,
-                bounds=None if self.env is None else find_token_bounds(self.env),
-                after_batch=after_batch,
-            )
-            if logs:
-                self._log(logs, (self.num_timesteps - self._num_timesteps_at_start) // n)
-        callbacks.on_training_end()
+        self._demos = self._demos or self._load()
+        bounds = None if self.env is None else find_token_bounds(self.env)
+        self._targets = targets(self._demos.actions, self.action_space, bounds)
+        rng = np.random.default_rng(None if self.seed is None else [self.seed, self.num_timesteps])
+        self._rows = _shuffled(len(self._targets), self.batch_size, rng)
+        self._log_interval = log_interval
+        self._logs: defaultdict[str, list[float]] = defaultdict(list)
+        super().learn(total_timesteps, callback, None, tb_log_name, reset_num_timesteps, progress_bar)
+        if self._logs:
+            self._dump_pass()
         return self
 
-    def _log(self, logs: defaultdict[str, list[float]], epoch: int) -> None:
-        for name, values in logs.items():
-            self.logger.record(f"train/{name}", safe_mean(values))
-        logs.clear()
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        self.curriculum.update(self.num_timesteps, self._current_progress_remaining, None)
+        callback.on_rollout_start()
+        self.num_timesteps += self.batch_size
+        if not callback.on_step():
+            return False
+        callback.on_rollout_end()
+        return True
+
+    def prepare_rollout(self) -> None:
+        """Put the next minibatch of demonstrations where a rollout would be."""
+        buffer: Any = self.rollout_buffer
+        buffer.reset()
+        rows = next(self._rows)
+        seen, space = self._demos.observations, self.observation_space  # type: ignore[union-attr]
+        if isinstance(seen, dict):
+            for key, values in seen.items():
+                buffer.observations[key][:, 0] = maybe_transpose(values[rows], space[key])  # type: ignore[index]
+        else:
+            buffer.observations[:, 0] = maybe_transpose(seen[rows], space)
+        buffer.actions[:, 0] = self._targets[rows]
+        buffer.labels = {"action": self._targets[rows][:, None]}
+        buffer.labelled[:] = True
+        buffer.full = True
+
+    def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
+        mode = student.distribution.mode()  # of tokens: each given the demonstrated ones before it
+        if not isinstance(self.action_space, spaces.Box):
+            return -student.log_prob.mean(), {"accuracy": (mode == batch.actions).float().mean().item()}
+        mse = action_mse(mode, batch.actions).mean()
+        return (mse if self.loss == "mse" else -student.log_prob.mean()), {"mse": mse.item()}
+
+    def train(self) -> None:
+        """Train on one minibatch, with the learning rate of its beginning."""
+        self._update_current_progress_remaining(self.num_timesteps - self.batch_size, self._total_timesteps)
+        super().train()
+        n_passes, beyond = divmod(self.num_timesteps - self._num_timesteps_at_start, len(self._targets))
+        if beyond < self.batch_size and self._log_interval and n_passes % self._log_interval == 0:
+            self._dump_pass()
+
+    def _log_update(self, values: Mapping[str, list[float]]) -> None:
+        for name in values.keys() & {"loss", "accuracy", "mse"}:
+            self._logs[name] += values[name]
+
+    def _dump_pass(self) -> None:
+        """Write the averages since the last line to the log."""
+        for name, numbers in self._logs.items():
+            self.logger.record(f"train/{name}", safe_mean(numbers))
+        self._logs.clear()
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.dump_logs(epoch)
+        self.dump_logs((self.num_timesteps - self._num_timesteps_at_start) // len(self._targets))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_demos"]
+        return [*super()._excluded_save_params(), "_demos", "_targets", "_rows", "_logs"]
+
+
+def _shuffled(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Rows of full minibatches, ``(B,)`` each, from one permutation of n after the other, without end."""
+    rows = np.zeros(0, dtype=int)
+    while True:
+        while len(rows) < batch_size:
+            rows = np.append(rows, rng.permutation(n))
+        yield rows[:batch_size]
+        rows = rows[batch_size:]
 
 
 def _fits(values: np.ndarray, space: spaces.Space) -> bool:

@@ -147,8 +147,8 @@ def token_shape(action_space: spaces.Space, name: str) -> tuple[int, int]:
         if len(sizes) == 1:
             return len(action_space.nvec), int(sizes[0])
     raise ValueError(
-        f"{name} needs a MultiDiscrete action space of equal sizes that starts at 0, got {action_space}; "
-        "wrap the environment with ActionTokens"
+        f"{name} needs action tokens, a MultiDiscrete space of equal sizes that starts at 0, got {action_space}; "
+        "wrap the env in ActionTokens (--env-kwargs tokens:true)"
     )
 
 

@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import LinearSchedule
 
+from rpd_sb3.algos.curriculum import CosineSchedule
 from rpd_sb3.contract.names import closest
 from rpd_sb3.students import AutoregressivePolicy, PaperCnnPolicy, TokenPolicy
 
@@ -50,22 +51,6 @@ _WANTED = {
     "float": "a number",
     "str": "a name",
 }
-
-
-class CosineSchedule:
-    """From ``start`` to 0 along half a cosine: flat at both ends.
-
-    :param start: value at the beginning of training
-    """
-
-    def __init__(self, start: float) -> None:
-        self.start = start
-
-    def __call__(self, progress_remaining: float) -> float:
-        return self.start * 0.5 * (1.0 + math.cos(math.pi * (1.0 - progress_remaining)))
-
-    def __repr__(self) -> str:
-        return f"CosineSchedule(start={self.start})"
 
 
 @dataclass

@@ -175,7 +175,7 @@ def test_save_and_load_keep_everything_but_the_teacher(tmp_path: Path) -> None:
     loaded = RPD.load(tmp_path / "model", env=make_venv(1))
     loaded.label_replay_buffer.load(str(tmp_path / "labels.npz"))
     assert (loaded.loss, loaded.label_replay, loaded.advantage_std_floor) == ("l1", 10, 0.5)
-    assert loaded.distill_coef(0.5) == 1.0
+    assert loaded.curriculum.schedule(0.5) == 1.0
     assert loaded.label_replay_buffer.size == 10
     for name, values in model.label_replay_buffer._arrays.items():
         np.testing.assert_array_equal(loaded.label_replay_buffer._arrays[name], values)
@@ -231,13 +231,12 @@ def test_target_kl_stops_surrogate_and_entropy_bonus() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"distill_coef": -1.0}, "distill_coef=-1.0 must not be negative"),
-        ({"distill_coef": float("nan")}, "distill_coef=nan must not be negative"),
-        ({"label_fraction": 0.0}, r"label_fraction=0.0 must lie in \(0, 1\]"),
-        ({"label_replay": -1}, "label_replay=-1 must not be negative"),
-        ({"replay_batch_size": 0}, "replay_batch_size=0 must be positive"),
-        ({"image_shift": -1}, "image_shift=-1 must not be negative"),
-        ({"advantage_std_floor": -0.1}, "advantage_std_floor=-0.1 must not be negative"),
+        ({"distill_coef": float("nan")}, "distill_coef=nan"),
+        ({"label_fraction": float("nan")}, "label_fraction=nan"),
+        ({"label_replay": -1}, "label_replay=-1"),
+        ({"replay_batch_size": 0}, "replay_batch_size=0"),
+        ({"image_shift": -1}, "image_shift=-1"),
+        ({"advantage_std_floor": -0.1}, "advantage_std_floor=-0.1"),
         ({"loss": "kl"}, "loss='kl' is unknown; choose one of mse, l1, bc"),
     ],
 )

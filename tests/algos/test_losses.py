@@ -7,7 +7,7 @@ import math
 import pytest
 import torch as th
 
-from rpd_sb3.algos.losses import action_l1, action_mse, clipped_surrogate, masked_mean, standardised
+from rpd_sb3.algos.losses import action_l1, action_mse, clipped_surrogate, masked_mean, normalize_advantage
 
 STUDENT = th.tensor([[0.0, 1.0], [2.0, -1.0]])
 TEACHER = th.tensor([[1.0, 1.0], [0.0, 1.0]])
@@ -59,7 +59,7 @@ def test_clipped_surrogate(ratio: float, advantage: float, expected: float) -> N
     assert ratios.item() == pytest.approx(ratio)
 
 
-def test_standardised_advantages_have_a_floor_under_the_divisor() -> None:
+def test_normalize_advantage_advantages_have_a_floor_under_the_divisor() -> None:
     advantages = th.tensor([1.0, 2.0, 3.0])
-    assert standardised(advantages, 0.0).tolist() == pytest.approx([-1, 0, 1])
-    assert standardised(advantages, 4.0).tolist() == pytest.approx([-0.25, 0, 0.25])
+    assert normalize_advantage(advantages, 0.0).tolist() == pytest.approx([-1, 0, 1])
+    assert normalize_advantage(advantages, 4.0).tolist() == pytest.approx([-0.25, 0, 0.25])

@@ -160,17 +160,6 @@ def test_half_of_the_labels_teach_too() -> None:
     assert error(train(RPD, label_fraction=0.5)) < 0.06
 
 
-def test_reward_takes_over_at_the_cutoff_and_hands_back_below_half_of_it() -> None:
-    model = RPD(
-        "MlpPolicy", VecTeacher(DummyVecEnv([TargetEnv]), EchoTeacher(copy_target)), success_cutoff=0.4, **SETTINGS
-    )
-    coefs = []
-    for rate in (0.0, 0.3, 0.4, 0.3, 0.2, 0.1, 0.3):
-        model.ep_success_buffer = [rate]  # type: ignore[assignment]
-        coefs.append(model.schedule_distill_coef())
-    assert coefs == [1, 1, 0, 0, 0, 1, 1]
-
-
 @pytest.mark.slow
 def test_only_reward_corrects_a_biased_teacher() -> None:
     def biased(query: Query) -> np.ndarray:

@@ -16,10 +16,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from rpd_sb3.algos.sft import SFT, clone, targets
+from rpd_sb3.algos.sft import SFT
 from rpd_sb3.contract.bins import to_actions, to_tokens
 from rpd_sb3.demos.files import Demonstrations, save
 from rpd_sb3.envs import ActionTokens
+from rpd_sb3.envs.action_tokens import targets
 from rpd_sb3.students import TokenPolicy
 
 WEIGHTS = np.array([[0.5, -0.3], [0.2, 0.4], [-0.1, 0.2]])
@@ -154,50 +155,62 @@ def test_same_seed_gives_the_same_student(file: str) -> None:
     assert action_error(models[0]) == action_error(models[1])
 
 
-def test_minibatches_are_full_and_go_through_every_transition_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = PPO("MlpPolicy", NeverStepped(), device="cpu")
+def small(tmp_path: Path, n: int, batch_size: int, env: gym.Env | None = None, **kwargs: Any) -> SFT:
+    """A student of n transitions."""
+    save(tmp_path / "small.npz", demonstrations(n))
+    path = str(tmp_path / "small.npz")
+    kwargs = {"demonstrations": path, "batch_size": batch_size, "seed": 0, "device": "cpu"} | kwargs
+    return SFT("MlpPolicy", NeverStepped() if env is None else env, **kwargs)
+
+
+def test_minibatches_are_full_and_go_through_every_transition_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(tmp_path, 10, batch_size=4)
     seen: list[th.Tensor] = []
     evaluate = model.policy.evaluate_actions
     monkeypatch.setattr(model.policy, "evaluate_actions", lambda obs, act: (seen.append(obs), evaluate(obs, act))[1])
-    demos = demonstrations(10)
-    rng = np.random.default_rng(0)
-    clone(model.policy, demos.observations, demos.actions, n_epochs=2, batch_size=4, max_grad_norm=0.5, rng=rng)
+    model.learn(20)
     assert [len(batch) for batch in seen] == [4] * 5
-    for epoch in th.cat(seen).numpy().reshape(2, 10, 3):
-        assert sorted(epoch[:, 0].tolist()) == sorted(demos.observations[:, 0].tolist())
+    values = [batch[:, 0].tolist() for batch in seen]
+    each_once = sorted(demonstrations(10).observations[:, 0].tolist())
+    assert len({*values[0], *values[1]}) == len({*values[3], *values[4]}) == 8
+    assert sorted(sum(values, [])) == sorted(2 * each_once)
 
 
-def test_clone_returns_the_averages_of_the_last_pass() -> None:
-    model = PPO(TokenPolicy, tokens_env(), device="cpu")
-    values: list[dict[str, float]] = []
-    demos = demonstrations(10)
-    result = clone(
-        model.policy,
-        demos.observations,
-        demos.actions,
-        n_epochs=3,
-        batch_size=5,
-        max_grad_norm=0.5,
-        rng=np.random.default_rng(0),
-        after_batch=lambda value: values.append(value) is None,
+def test_log_has_the_averages_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(tmp_path, 10, batch_size=5, env=tokens_env())
+    losses: list[float] = []
+    distill_loss = model.distill_loss
+    monkeypatch.setattr(
+        model, "distill_loss", lambda *args: (loss := distill_loss(*args), losses.append(loss[0].item()))[0]
     )
-    assert len(values) == 6
-    assert result["loss"] == pytest.approx((values[-1]["loss"] + values[-2]["loss"]) / 2)
-    assert result["loss"] < values[0]["loss"]
-    assert 0 <= result["accuracy"] <= 1
+    model.learn(30)
+    assert len(losses) == 6
+    assert model.logger.name_to_value == {}, "written after the last pass"
+    model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    model.learn(10)
+    (row,) = np.atleast_1d(np.genfromtxt(tmp_path / "log" / "progress.csv", delimiter=",", names=True))
+    assert row["trainloss"] == pytest.approx(np.mean(losses[-2:]), rel=1e-5)
+    assert 0 <= row["trainaccuracy"] <= 1
 
 
-def test_first_loss_is_the_negative_log_likelihood() -> None:
-    model = PPO("MlpPolicy", NeverStepped(), device="cpu", policy_kwargs={"log_std_init": -0.5})
+def test_first_loss_is_the_negative_log_likelihood(tmp_path: Path) -> None:
+    model = small(tmp_path, 8, batch_size=8, policy_kwargs={"log_std_init": -0.5})
     demos = demonstrations(8)
     with th.no_grad():
         mean = model.policy.get_distribution(th.as_tensor(demos.observations)).mode().numpy()
     z = (demos.actions - mean) / np.exp(-0.5)
     expected = (0.5 * z**2 - 0.5 + 0.5 * np.log(2 * np.pi)).sum(axis=1).mean()
-    options: dict[str, Any] = {"n_epochs": 1, "batch_size": 8, "max_grad_norm": 0.5, "rng": np.random.default_rng(0)}
-    assert clone(model.policy, demos.observations, demos.actions, **options)["loss"] == pytest.approx(
-        expected, rel=1e-5
-    )
+    model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    model.learn(8)
+    (row,) = np.atleast_1d(np.genfromtxt(tmp_path / "log" / "progress.csv", delimiter=",", names=True))
+    assert row["trainloss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_narrow_students_and_unlikely_demonstrations_have_finite_gradients(tmp_path: Path) -> None:
+    model = small(tmp_path, 8, batch_size=8, loss="mse", policy_kwargs={"log_std_init": -60.0}).learn(80)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
 
 
 def test_images_with_channels_last_are_learned_from(tmp_path: Path) -> None:
