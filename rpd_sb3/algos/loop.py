@@ -154,8 +154,10 @@ class OnPolicyDistillation(PPO):
             obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
             labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
         obs = shifted_images(obs, self.observation_space, self.image_shift)
-        tokens = hasattr(self.policy, "distribution_on")  # each depends on those before it
-        distribution = self.policy.distribution_on(obs, actions) if tokens else self.policy.get_distribution(obs)  # type: ignore[operator]
+        if hasattr(self.policy, "distribution_on"):  # tokens, of which each may depend on those before it
+            distribution = self.policy.distribution_on(obs, actions)  # type: ignore[operator]
+        else:
+            distribution = self.policy.get_distribution(obs)
         return Imitation(distribution, targets, labelled)
 
     def _check_teacher(self) -> None:

@@ -10,10 +10,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 
-from rpd_sb3.algos.buffers import LabelledSamples
-from rpd_sb3.algos.loop import OnPolicyDistillation, Student, TeacherError
+from rpd_sb3.algos.buffers import LabelledSamples, Student
+from rpd_sb3.algos.loop import OnPolicyDistillation
 from rpd_sb3.algos.losses import floored, gaussian_kl, masked_mean, ratio_weighted, token_divergence
 from rpd_sb3.contract.names import check_choice
+from rpd_sb3.contract.teacher import TeacherError
 from rpd_sb3.students.tokens import token_logits
 
 

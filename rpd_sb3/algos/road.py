@@ -12,8 +12,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from rpd_sb3.algos.buffers import LabelledSamples
-from rpd_sb3.algos.loop import OnPolicyDistillation, Student
+from rpd_sb3.algos.buffers import LabelledSamples, Student
+from rpd_sb3.algos.loop import OnPolicyDistillation
 from rpd_sb3.algos.losses import (
     advantage_weight,
     calibrated,

@@ -9,8 +9,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 
-from rpd_sb3.algos.buffers import LabelledSamples
-from rpd_sb3.algos.loop import OnPolicyDistillation, Student
+from rpd_sb3.algos.buffers import LabelledSamples, Student
+from rpd_sb3.algos.loop import OnPolicyDistillation
 from rpd_sb3.algos.losses import action_l1, action_mse, masked_mean
 from rpd_sb3.contract.names import check_choice
 

@@ -211,6 +211,19 @@ def test_anchored_at_the_rollout_it_begins_with_the_same_gradient() -> None:
     assert th.equal(still, WEIGHTS == 0)
 
 
+def test_the_rollouts_logits_are_those_of_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout would add noise to what is tilted, and BatchNorm's statistics would move."""
+    model = make(teacher_anchor="rollout")
+    modes: dict[str, set[bool]] = {"rollout": set(), "update": set()}
+    logits, loss = model._rollout_logits, model.distill_loss
+    monkeypatch.setattr(model, "_rollout_logits", lambda: (modes["rollout"].add(model.policy.training), logits())[1])
+    monkeypatch.setattr(
+        model, "distill_loss", lambda *args: (modes["update"].add(model.policy.training), loss(*args))[1]
+    )
+    model.learn(64)
+    assert modes == {"rollout": {False}, "update": {True}}
+
+
 def test_only_the_rollouts_anchor_restores_what_has_moved() -> None:
     """Where the weight is 0 the gradient is p - p_rollout; anchored at the current policy there is none."""
     before = LOGITS + th.randn(LOGITS.shape)
@@ -316,7 +329,7 @@ def test_arguments_that_do_not_go_are_refused(kwargs: dict[str, Any], message: s
 
 
 def test_continuous_actions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ROAD needs action tokens, got Box\(.*; wrap the env in ActionTokens"):
+    with pytest.raises(ValueError, match=r"ROAD needs action tokens.* got Box\(.*; wrap the env in ActionTokens"):
         ROAD("MlpPolicy", make_venv(tokens=False), alpha=0.0, **SMALL)
 
 
