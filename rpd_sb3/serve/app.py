@@ -187,8 +187,7 @@ def status_of(error: Exception) -> int:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """An unknown path or a wrong method, as the protocol wants it."""
     assert isinstance(error, HTTPException)
-    # The scope's path: the request.url of older Starlettes raises where the Host header is no host.
-    text = f"{request.method} {request.scope['path']}: {error.detail}"
+    text = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse({"error": text}, error.status_code, error.headers)
 
 

@@ -264,7 +264,7 @@ def warm_up(teacher: Teacher) -> None:
         if name == "instruction":
             inputs[name] = np.array(["do nothing"])
         elif name.startswith("images."):
-            size = teacher.spec.image_sizes.get(name[len("images.") :])
+            size = teacher.spec.image_sizes.get(name.removeprefix("images."))
             if size is None:
                 return
             inputs[name] = np.zeros((1, *size, 3), np.uint8)

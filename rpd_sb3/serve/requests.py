@@ -151,7 +151,7 @@ def _check_input(name: str, array: np.ndarray, spec: TeacherSpec) -> None:
     shape: tuple[int, ...] | None = spec.input_shapes.get(name)
     if name.startswith("images."):
         allowed = ("UINT8",)
-        size = spec.image_sizes.get(name[len("images.") :])
+        size = spec.image_sizes.get(name.removeprefix("images."))
         if len(row) != 3 or row[2] != 3 or (size is not None and row[:2] != tuple(size)):
             pixels = "H, W" if size is None else f"{size[0]}, {size[1]}"
             raise ProtocolError(f"input {name!r} must have shape (N, {pixels}, 3), got {list(array.shape)}")

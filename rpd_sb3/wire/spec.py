@@ -129,7 +129,7 @@ def space_from_json(content: Mapping[str, Any]) -> spaces.Space:
 def _tensor(name: str, spec: TeacherSpec) -> dict[str, Any]:
     shape = list(spec.input_shapes.get(name, [-1]))
     if name.startswith("images."):
-        size = spec.image_sizes.get(name[len("images.") :], (-1, -1))
+        size = spec.image_sizes.get(name.removeprefix("images."), (-1, -1))
         return {"name": name, "datatype": "UINT8", "shape": [-1, *size, 3]}
     if name == "instruction":
         return {"name": name, "datatype": "BYTES", "shape": [-1]}

@@ -34,7 +34,7 @@ MAX_GROWTH = 4.0
 """MiB that the service may grow after its first requests: buffers of Python's and the C library's allocators."""
 WARM = 300
 """Requests before memory is measured for the first time."""
-SERVE = "import sys; sys.modules['{without}'] = None; from rpd_sb3.serve import main; sys.exit(main())"
+SERVE = "import sys; sys.modules['{without}'] = None; from rpd_sb3.serve.__main__ import main; sys.exit(main())"
 
 ARRAYS = {
     "images.base": np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3),
