@@ -278,7 +278,9 @@ def warm_up(teacher: Teacher) -> None:
 
 
 def _label(teacher: Teacher, job: Job) -> Labels:
-    query = Query(job.inputs, job.env_ids, job.episode_starts, job.actions)
+    # Strings are objects until here: as NumPy's own they would take rows x longest x 4 bytes for as long as they wait.
+    inputs = {name: array.astype(str) if array.dtype == object else array for name, array in job.inputs.items()}
+    query = Query(inputs, job.env_ids, job.episode_starts, job.actions)
     label = getattr(teacher, "label", None)  # in this thread, if the teacher can
     return as_arrays(teacher.spec, label(query) if label is not None else teacher.submit(query).result())
 

@@ -24,7 +24,7 @@ from rpd_sb3.wire.messages import (
 )
 from rpd_sb3.wire.shared_memory import check_generation
 from rpd_sb3.wire.spec import ASKERS_INPUTS
-from rpd_sb3.wire.tensors import ProtocolError, datatype_of, to_bytes
+from rpd_sb3.wire.tensors import ProtocolError, as_objects, datatype_of, to_bytes
 
 MAX_ROWS = 4096
 """Rows of one request."""
@@ -177,7 +177,7 @@ def _check_input(name: str, array: np.ndarray, spec: TeacherSpec) -> None:
 def _content(name: str, array: np.ndarray) -> np.ndarray:
     if name == "instruction":
         try:
-            return np.array([item.decode() for item in array])
+            return as_objects([item.decode() for item in array])
         except UnicodeDecodeError as error:
             raise ProtocolError(f"input {name!r} is not UTF-8: {error}") from error
     if name == "action_tokens":

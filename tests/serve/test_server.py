@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +27,10 @@ from rpd_sb3.serve import __main__ as serve
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
-from rpd_sb3.wire.messages import build
+from rpd_sb3.serve.regions import Regions
+from rpd_sb3.serve.requests import read_request
+from rpd_sb3.wire.messages import HEADER_LENGTH, build
+from rpd_sb3.wire.tensors import MAX_STRING
 from tests.support.helpers import EchoTeacher
 from tests.support.raw_client import INFER, CountingTeacher, HeldTeacher, ask, connect, infer, labels, post, raw_request
 from tests.support.serving_helpers import free_port, serving, serving_process, states, wait_for
@@ -348,6 +352,32 @@ def test_request_that_is_no_message_is_400(echo: str, body: bytes, headers: dict
     response = post(echo, body, headers)
     assert response.status_code == 400
     assert message in error(response)
+
+
+def test_name_that_is_no_unicode_text_is_400(echo: str) -> None:
+    tensor = {"name": "\ud800", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": -1}}
+    response = post(echo, json.dumps({"inputs": [tensor]}).encode())
+    assert response.status_code == 400
+    assert "\\ud800" in error(response)
+
+
+def test_instructions_of_very_different_lengths_cost_what_they_are_long() -> None:
+    spec = VisionTeacher().spec
+    words = np.array([b"x" * MAX_STRING] + [b"go"] * 1023, object)
+    message = build({}, "inputs", {"images.base": np.zeros((1024, 4, 6, 3), np.uint8), "instruction": words})
+    tracemalloc.start()
+    try:
+        read_request(message.body, message.headers[HEADER_LENGTH], spec, Regions())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_instruction_that_is_too_long_is_400(vision: str) -> None:
+    arrays = {"images.base": np.zeros((1, 4, 6, 3), np.uint8), "instruction": np.array(["x" * (MAX_STRING + 1)])}
+    response = infer(vision, arrays)
+    assert response.status_code == 400
+    assert f"an element of {MAX_STRING + 1} bytes" in error(response)
 
 
 def test_id_that_is_no_string_is_400(echo: str) -> None:
