@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -30,7 +29,7 @@ from rpd_sb3.serve.memory import OutOfStep
 from rpd_sb3.serve.page import status_page
 from rpd_sb3.serve.regions import Regions, UnknownRegion
 from rpd_sb3.serve.requests import read_request, write_response
-from rpd_sb3.wire.messages import HEADER_LENGTH
+from rpd_sb3.wire.messages import HEADER_LENGTH, parse_region
 from rpd_sb3.wire.shared_memory import SharedMemoryError, StaleGeneration
 from rpd_sb3.wire.spec import metadata
 from rpd_sb3.wire.tensors import ProtocolError
@@ -61,7 +60,10 @@ class Service:
     """
 
     def __init__(self, engine: Engine, name: str, max_body: int = MAX_BODY, shared_memory: bool = True) -> None:
-        self.engine, self.name, self.max_body, self.shared_memory = engine, name, max_body, shared_memory
+        self.engine = engine
+        self.name = name
+        self.max_body = max_body
+        self.shared_memory = shared_memory
         self.regions = Regions()
 
     async def server(self, request: Request) -> Response:
@@ -113,10 +115,10 @@ class Service:
         body = await self._body(request)
         spec = self._spec()
         if len(body) < LARGE:
-            inference = read_request(body, length, spec, self.regions)
+            inference, query = read_request(body, length, spec, self.regions)
         else:
-            inference = await run_in_threadpool(read_request, body, length, spec, self.regions)
-        labels: Labels = await asyncio.wrap_future(self.engine.submit(inference.job))
+            inference, query = await run_in_threadpool(read_request, body, length, spec, self.regions)
+        labels: Labels = await asyncio.wrap_future(self.engine.submit(query))
         message = write_response(inference, labels, self.name, self.regions)
         return Response(message.body, 200, message.headers)
 
@@ -126,12 +128,8 @@ class Service:
     async def register(self, request: Request) -> Response:
         if not self.shared_memory:
             raise ProtocolError("this service takes no shared memory: several processes answer its queries")
-        content = await self._body(request)
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"the body is no JSON: {error}") from error
-        await run_in_threadpool(self.regions.register, request.path_params["region"], body)
+        region = parse_region(await self._body(request))
+        await run_in_threadpool(self.regions.register, request.path_params["region"], region)
         return Response()
 
     async def unregister(self, request: Request) -> Response:
@@ -199,14 +197,15 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 class TokenGate:
-    """Lets only callers in that know the token; browsers may give it as the password.
+    """Lets in only callers that know the token; browsers may give it as the password.
 
     :param app: what is guarded
     :param token: that callers must know
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token.encode()
+        self.app = app
+        self.token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["type"] != "http" or scope["path"] in OPEN

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.wire.messages import SharedTensor
+from rpd_sb3.wire.messages import Place, SharedTensor
 from rpd_sb3.wire.tensors import datatype_of, to_bytes
 
 FOLDER = Path("/dev/shm")
@@ -192,7 +192,8 @@ class Slot(NamedTuple):
                 content = np.frombuffer(to_bytes(array), np.uint8)
             else:
                 content = array
-            tensors[name] = SharedTensor(self.ring.name, at, content.nbytes, datatype_of(array), array.shape)
+            place = Place(self.ring.name, at, content.nbytes)
+            tensors[name] = SharedTensor(place, datatype_of(array), array.shape)
             view = self.ring.region.array(at, content.shape, content.dtype)
             np.copyto(view, content)
             views[name] = array if content is not array else view

@@ -92,7 +92,7 @@ def as_objects(items: Sequence[Any]) -> np.ndarray:
 def to_json(array: np.ndarray, name: str) -> list[Any]:
     """The elements, flattened.
 
-    :raises ProtocolError: for FP16 and numbers that are not finite, which JSON does not have, and BYTES that are no UTF-8
+    :raises ProtocolError: for FP16 and numbers that are not finite, which JSON does not have, and BYTES that are not UTF-8
     """
     datatype = datatype_of(array)
     if datatype == "FP16":
@@ -121,9 +121,9 @@ def from_json(data: Any, datatype: str, shape: Sequence[int], name: str) -> np.n
     kinds: tuple[type, ...] = (str,) if datatype == "BYTES" else (bool,) if datatype == "BOOL" else (int, float)
     for item in items:
         if not isinstance(item, kinds) or (isinstance(item, bool) and datatype != "BOOL"):
-            raise ProtocolError(f"tensor {name!r}: {str(item)[:50]!r} is no {datatype}")
+            raise ProtocolError(f"tensor {name!r}: {str(item)[:50]!r} is not {datatype}")
         if dtype.kind in "iu" and not isinstance(item, int):
-            raise ProtocolError(f"tensor {name!r}: {item} is no {datatype}")
+            raise ProtocolError(f"tensor {name!r}: {item} is not {datatype}")
     if datatype == "BYTES":
         try:
             strings = [item.encode() for item in items]

@@ -76,7 +76,10 @@ def right_requests() -> list[tuple[dict[str, Any], bytes]]:
     unlink(ring.key)
     generation, tensors, _ = ring.free[0].write(ARRAYS)
     place = {"shared_memory_generation": generation, "shared_memory_generation_offset": 0}
-    entries = [describe_shared(name, tensor._replace(region="ring")) for name, tensor in tensors.items()]
+    entries = [
+        describe_shared(name, tensor._replace(place=tensor.place._replace(region="ring")))
+        for name, tensor in tensors.items()
+    ]
     shared = {**PARAMETERS, **place, "shared_memory_generation_region": "ring"}
     messages = [
         build({"id": "1", "parameters": PARAMETERS, "outputs": OUTPUTS}, "inputs", ARRAYS),
