@@ -94,7 +94,7 @@ def serve(input_name: str, seconds: float) -> None:
     from rpd_sb3.serve.engine import Engine
     from rpd_sb3.serve.metrics import Metrics
 
-    engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics("teacher"))
+    engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics())
     listener = bind("127.0.0.1", 0)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(make_app(Service(engine, "teacher")), log_level="warning", access_log=False)).run(

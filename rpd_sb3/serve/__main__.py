@@ -141,7 +141,7 @@ class LocalJob:
         self.args = args
         self.engine = Engine(
             load,
-            Metrics(args.name),
+            Metrics(),
             max_batch=args.max_batch,
             max_wait=None if args.max_wait_ms is None else args.max_wait_ms / 1000,
             queue_size=args.queue_size,

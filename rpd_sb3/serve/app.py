@@ -35,7 +35,7 @@ from rpd_sb3.wire.spec import metadata
 from rpd_sb3.wire.tensors import ProtocolError
 
 MAX_BODY = 256 * 2**20
-EXTENSIONS = ["binary_tensor_data", "system_shared_memory", "statistics"]
+EXTENSIONS = ["binary_tensor_data", "system_shared_memory"]
 OPEN = ("/v2/health/live", "/v2/health/ready")
 """Paths that need no token."""
 LARGE = 2**16
@@ -47,7 +47,7 @@ class BodyTooLarge(ValueError):
 
 
 class UnknownModel(ValueError):
-    """The model, or its version, is not the one that is served."""
+    """The model is not the one that is served."""
 
 
 class Service:
@@ -86,10 +86,6 @@ class Service:
     async def metadata(self, request: Request) -> Response:
         self._check_name(request)
         return JSONResponse(metadata(self._spec(), self.name, __version__, shared_memory=self.shared_memory))
-
-    async def stats(self, request: Request) -> Response:
-        self._check_name(request)
-        return JSONResponse({"model_stats": [self.engine.metrics.statistics()]})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.engine.metrics.prometheus(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -138,8 +134,10 @@ class Service:
 
     def _check_name(self, request: Request) -> None:
         name = request.path_params.get("name", self.name)
-        if name != self.name or request.path_params.get("version", "1") != "1":
-            raise UnknownModel(f"there is no such model here, only {self.name!r}, version 1")
+        if name != self.name:
+            raise UnknownModel(
+                f"there is no model {name[:100]!r} here, only {self.name!r}: ask for it with --teacher-kwargs name:{self.name}"
+            )
 
     def _spec(self) -> TeacherSpec:
         if self.engine.spec is None:
@@ -246,29 +244,21 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
         await run_in_threadpool(service.engine.close)
 
     model, memory = "/v2/models/{name}", "/v2/systemsharedmemory"
-    models = (model, model + "/versions/{version}")
     # Searched in this order, so what is asked at every step comes first.
-    routes = [Route(path + "/infer", service.infer, methods=["POST"]) for path in models]
-    routes += [
+    routes = [
+        Route(model + "/infer", service.infer, methods=["POST"]),
         Route("/", service.page),
         Route("/metrics", service.metrics),
         Route("/v2", service.server),
         Route("/v2/health/live", service.live),
         Route("/v2/health/ready", service.ready),
-        Route("/v2/models/stats", service.stats),
+        Route(model, service.metadata),
+        Route(model + "/ready", service.ready),
+        Route(memory + "/region/{region}/register", service.register, methods=["POST"]),
     ]
-    for path in models:
-        routes += [
-            Route(path, service.metadata),
-            Route(path + "/ready", service.ready),
-            Route(path + "/stats", service.stats),
-        ]
     for path in (memory, memory + "/region/{region}"):
-        routes += [
-            Route(path + "/status", service.shared_memory_status),
-            Route(path + "/unregister", service.unregister, methods=["POST"]),
-        ]
-    routes.append(Route(memory + "/region/{region}/register", service.register, methods=["POST"]))
+        routes.append(Route(path + "/status", service.shared_memory_status))
+        routes.append(Route(path + "/unregister", service.unregister, methods=["POST"]))
     return Starlette(
         routes=routes,
         middleware=[Middleware(TokenGate, token=token)] if token else [],

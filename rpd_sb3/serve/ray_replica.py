@@ -34,7 +34,7 @@ class TeacherReplica:
 
     def __init__(self, load: Callable[[], Teacher], name: str, token: str | None, max_body: int, **engine: Any) -> None:
         self.name, self.token, self.max_body = name, token, max_body
-        self.engine = Engine(load, Metrics(name), **engine)
+        self.engine = Engine(load, Metrics(), **engine)
         self.engine.start()
         while not self.engine.ready and not self.engine.finished.wait(0.05):
             pass

@@ -33,7 +33,6 @@ def metadata(spec: TeacherSpec, name: str, version: str, **extra: Any) -> dict[s
     ]
     return {
         "name": name,
-        "versions": ["1"],
         "platform": "rpd_sb3",
         "inputs": [_tensor(key, spec) for key in spec.inputs] + optional,
         "outputs": [_output(key, spec) for key in sorted(spec.labels)],

@@ -49,7 +49,7 @@ def serving(
     :param shared_memory: take it
     :param engine: arguments of Engine
     """
-    owner = Engine(load, Metrics("teacher"), **engine)
+    owner = Engine(load, Metrics(), **engine)
     app = make_app(Service(owner, "teacher", max_body, shared_memory), token)
     listener = bind("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
