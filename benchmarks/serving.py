@@ -89,7 +89,7 @@ def serve(input_name: str, seconds: float) -> None:
     """What the process of :func:`service` does: the parts of ``python -m rpd_sb3.serve``, with our teacher."""
     import uvicorn
 
-    from rpd_sb3.serve.__main__ import bind
+    from rpd_sb3.serve.address import bind
     from rpd_sb3.serve.app import Service, make_app
     from rpd_sb3.serve.engine import Engine
     from rpd_sb3.serve.metrics import Metrics

@@ -24,11 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rpd_sb3 import __version__
 from rpd_sb3.serve import __main__ as serve
+from rpd_sb3.serve.address import bind
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
 from rpd_sb3.serve.regions import Regions
 from rpd_sb3.serve.requests import read_request
+from rpd_sb3.teachers.registry import TEACHERS
 from rpd_sb3.wire.messages import HEADER_LENGTH, build
 from rpd_sb3.wire.tensors import MAX_STRING
 from tests.support.helpers import EchoTeacher
@@ -583,10 +585,17 @@ def test_port_in_use_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixtu
 
 
 def test_port_is_taken_as_soon_as_it_is_bound() -> None:
-    with serve.bind("127.0.0.1", 0) as first:
+    with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{port}: Address already in use"):
-            serve.bind("127.0.0.1", port)
+            bind("127.0.0.1", port)
+
+
+def test_help_names_the_teachers_that_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    text = serve.make_parser().format_help()
+    found = [name for name in TEACHERS if name in text]
+    assert found == [name for name in TEACHERS if not name.startswith(("http:", "openpi:"))]
 
 
 # ---- next to any VLA

@@ -14,7 +14,7 @@ import numpy as np
 import requests
 import uvicorn
 
-from rpd_sb3.serve.__main__ import bind
+from rpd_sb3.serve.address import bind
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
