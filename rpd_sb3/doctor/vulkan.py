@@ -114,12 +114,12 @@ def devices() -> list[Device]:
         vk.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), None)
         handles = (ctypes.c_void_p * count.value)()
         vk.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), handles)
-        return [_describe(vk, handle) for handle in handles]
+        return [_device(vk, handle) for handle in handles]
     finally:
         vk.vkDestroyInstance(instance, None)
 
 
-def _describe(vk: ctypes.CDLL, handle: int | None) -> Device:
+def _device(vk: ctypes.CDLL, handle: int | None) -> Device:
     driver = _DriverProperties(type=_DRIVER_PROPERTIES)
     properties = _Properties2(type=_PROPERTIES_2, next=ctypes.cast(ctypes.pointer(driver), ctypes.c_void_p))
     vk.vkGetPhysicalDeviceProperties2(ctypes.c_void_p(handle), ctypes.byref(properties))
