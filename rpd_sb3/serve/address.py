@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """The port if nobody listens there; for 0 any that is free.
+    """The port, if it is free; for 0 any that is.
 
     :raises OSError: in one sentence, if the address cannot be had
     """

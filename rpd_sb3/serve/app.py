@@ -230,7 +230,7 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
     """The application.
 
     :param service: handlers
-    :param token: that callers must know; None: everybody gets in
+    :param token: that callers must know; None: no token
     :param lifespan: start and close the engine with the application
     :raises ValueError: for a token that no header can hold
     """

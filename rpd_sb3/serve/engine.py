@@ -95,7 +95,7 @@ class Engine:
             if not self.ready:
                 raise Busy(f"the teacher {self.state()}")
             assert self.spec is not None
-            pending.answer.set_running_or_notify_cancel()  # from here on nobody can cancel it: others may wait for it too
+            pending.answer.set_running_or_notify_cancel()  # cannot be cancelled any more: others may wait for it
             if self.spec.stateful and pending.sequence is not None:
                 known = self.memory.repeated(pending.client, pending.sequence)
                 if known is not None and not _was_put_off(known):
@@ -141,7 +141,7 @@ class Engine:
             logger.info("teacher %r is ready", teacher.spec.name)
             while self._next_batch():
                 self._answer(teacher, self._batch)
-                self._batch = []  # its arrays may be large, or somebody's shared memory
+                self._batch = []  # its arrays may be large, or a client's shared memory
         except BaseException as error:  # whatever a model does, exit() included, is reported here and by the exit code
             logger.exception("the teacher failed")
             self.error = f"{type(error).__name__}: {error}"
@@ -238,7 +238,7 @@ class Engine:
         return True
 
     def _fail(self, pending: PendingQuery, error: Exception) -> None:
-        """Answer with an error; a teacher with a memory has not seen the query, or nobody knows what it has seen."""
+        """Answer with an error; a teacher with a memory may not have seen the query."""
         if self.spec is not None and self.spec.stateful and not isinstance(error, (Unanswerable, OutOfStep)):
             with self._wake:
                 self.memory.missed(pending.query.env_ids, pending.sequence if isinstance(error, Busy) else None)

@@ -89,7 +89,7 @@ class ClientMemory:
             self._gaps[slot] = sequence if self._gaps.get(slot, sequence) == sequence else None
 
     def close_gaps(self, slots: np.ndarray, episode_starts: np.ndarray, sequence: int | None) -> None:
-        """Make sure that the teacher's memory is what this query continues.
+        """Check that the teacher's memory is what this query continues, and note that it is complete again.
 
         :raises OutOfStep: if it missed a query since the episode's start, and this is not that one
         """

@@ -217,7 +217,7 @@ def gpu_share(replicas: int) -> float:
 
 
 def cluster_is_up() -> bool:
-    """True if somebody listens where the cluster's head should."""
+    """True if the cluster's head accepts connections."""
     import ray
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")

@@ -24,7 +24,7 @@ class TeacherReplica:
 
     :param load: makes the teacher
     :param name: of the model
-    :param token: that clients must know; None: everybody gets in
+    :param token: that clients must know; None: no token
     :param max_body: bytes of a request
     :param options: of the engine
     :raises RuntimeError: if the teacher cannot be loaded

@@ -248,7 +248,7 @@ def fuzz(n: int, stateful: bool, without: str) -> Found:
     """Send ``n`` requests, others for each kind of service, and count what came back.
 
     :param stateful: a teacher with a memory
-    :param without: the module of an HTTP parser that uvicorn shall not find, so that it takes the other one
+    :param without: the module of an HTTP parser that uvicorn cannot find, so that it takes the other one
     """
     codes: Counter[int] = Counter()
     memory: list[float] = []

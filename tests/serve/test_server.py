@@ -1,4 +1,4 @@
-"""The teacher service over HTTP: every route, every refusal with its reason, and what disturbs nobody."""
+"""The teacher service over HTTP: every route, every refusal with its reason, and clients that vanish."""
 
 from __future__ import annotations
 
@@ -565,7 +565,8 @@ def listens(port: int) -> bool:
 
 def test_teacher_that_cannot_be_loaded_ends_the_command() -> None:
     port = free_port()
-    command = [sys.executable, "-m", "rpd_sb3.serve", "--teacher", "tests.support.raw_client:BrokenTeacher"]
+    code = "import sys; from rpd_sb3.serve import __main__ as serve; serve.LINGER = 0.5; sys.exit(serve.main())"
+    command = [sys.executable, "-c", code, "--teacher", "tests.support.raw_client:BrokenTeacher"]
     with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: listens(port))
         wait_for(lambda: bool(get(f"http://127.0.0.1:{port}/v2/health/ready").json()["failed"]))

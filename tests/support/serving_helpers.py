@@ -87,7 +87,7 @@ def is_ready(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at just now."""
+    """A port of this machine that is free."""
     with bind("127.0.0.1", 0) as listener:
         return listener.getsockname()[1]
 

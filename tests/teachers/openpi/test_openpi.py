@@ -507,8 +507,8 @@ def test_address_becomes_a_url(address: str, url: str) -> None:
 @pytest.mark.parametrize(
     "address", ["", ":8000", "box:port", "box:99999", "ftp://box", "ws://", "me@box", "a b", "b?x=1"]
 )
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="is no address; expected e.g. gpu-box:8000"):
+def test_what_is_not_an_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="is not an address; expected e.g. gpu-box:8000"):
         openpi_url(address)
 
 
