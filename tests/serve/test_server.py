@@ -565,12 +565,13 @@ def listens(port: int) -> bool:
 
 def test_teacher_that_cannot_be_loaded_ends_the_command() -> None:
     port = free_port()
-    code = "import sys; from rpd_sb3.serve import __main__ as serve; serve.LINGER = 0.5; sys.exit(serve.main())"
+    code = "import sys; from rpd_sb3.serve import __main__ as serve; serve.LINGER = 1.0; sys.exit(serve.main())"
     command = [sys.executable, "-c", code, "--teacher", "tests.support.raw_client:BrokenTeacher"]
     with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True) as process:
+        state = "is loading"
         wait_for(lambda: listens(port))
-        wait_for(lambda: bool(get(f"http://127.0.0.1:{port}/v2/health/ready").json()["failed"]))
-        state = get(f"http://127.0.0.1:{port}/v2/health/ready").json()["state"]
+        while state == "is loading":
+            state = get(f"http://127.0.0.1:{port}/v2/health/ready").json()["state"]
         _, stderr = process.communicate(timeout=30)
     assert state == "failed: ArithmeticError: the weights do not add up"
     assert process.returncode == serve.USER_ERROR
