@@ -107,7 +107,7 @@ VALUES = st.recursive(
 )
 REGION = f"{MEMORY}/region/ring"
 ROUTES = ["/", "/metrics", "/v2", "/v2/", "/v2/health/live", "/v2/health/ready", "/%00", "//", "/v2/%ff"]
-ROUTES += [MODEL, f"{MODEL}/ready", f"{MODEL}/stats", f"{MODEL}/versions/1/infer", "/v2/models/other/infer"]
+ROUTES += [MODEL, f"{MODEL}/ready", "/v2/models/other/infer"]
 ROUTES += [f"{REGION}/register", f"{REGION}/status", f"{REGION}/unregister", f"{MEMORY}/status", f"{MEMORY}/unregister"]
 HEADERS = ["Content-Type", "Content-Encoding", "Authorization", "Accept", "Host", "Connection", "Expect", HEADER_LENGTH]
 
