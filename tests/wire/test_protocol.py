@@ -282,6 +282,10 @@ def test_request_that_says_nothing_wants_every_output_as_json() -> None:
     assert (request.timeout, request.generation) == (float("inf"), None)
 
 
+def test_request_may_want_every_output_as_raw_bytes() -> None:
+    assert [output.binary for output in parsed(parameters={"binary_data_output": True}).outputs] == [True, True]
+
+
 def test_request_says_what_it_wants_and_where() -> None:
     place = {"shared_memory_region": "r", "shared_memory_offset": 8, "shared_memory_byte_size": 16}
     request = parsed(
