@@ -89,12 +89,12 @@ def serve(input_name: str, seconds: float) -> None:
     """What the process of :func:`service` does: the parts of ``python -m rpd_sb3.serve``, with our teacher."""
     import uvicorn
 
-    from rpd_sb3.serve.__main__ import bind
+    from rpd_sb3.serve.address import bind
     from rpd_sb3.serve.app import Service, make_app
     from rpd_sb3.serve.engine import Engine
     from rpd_sb3.serve.metrics import Metrics
 
-    engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics("teacher"))
+    engine = Engine(lambda: SleepingTeacher(input_name, seconds), Metrics())
     listener = bind("127.0.0.1", 0)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(make_app(Service(engine, "teacher")), log_level="warning", access_log=False)).run(

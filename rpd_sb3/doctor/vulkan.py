@@ -1,4 +1,4 @@
-"""Vulkan devices of this machine, asked of the system's loader without any package but the standard library.
+"""Vulkan devices of this machine, from the system's loader and with the standard library alone.
 
 Also a script, for use before anything is installed: prints the devices and exits 1 if ManiSkill can use none.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from typing import NamedTuple
+from ctypes import Structure, byref, c_char, c_char_p, c_int, c_uint8, c_uint32, c_uint64, c_void_p
+from typing import Any, NamedTuple
 
 LOADER = "libvulkan.so.1"
 MESA_MIN = (23, 2)
@@ -44,54 +45,36 @@ class Device(NamedTuple):
         return not self.is_cpu or self.mesa is None or self.mesa >= MESA_MIN
 
 
-class _ApplicationInfo(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("application_name", ctypes.c_char_p),
-        ("application_version", ctypes.c_uint32),
-        ("engine_name", ctypes.c_char_p),
-        ("engine_version", ctypes.c_uint32),
-        ("api_version", ctypes.c_uint32),
-    ]
+def _struct(**fields: Any) -> type[Structure]:
+    """A structure of C with these fields, in this order."""
+    return type("Struct", (Structure,), {"_fields_": list(fields.items())})
 
 
-class _InstanceCreateInfo(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("flags", ctypes.c_uint32),
-        ("application_info", ctypes.POINTER(_ApplicationInfo)),
-        ("layer_count", ctypes.c_uint32),
-        ("layers", ctypes.c_void_p),
-        ("extension_count", ctypes.c_uint32),
-        ("extensions", ctypes.c_void_p),
-    ]
-
-
-class _DriverProperties(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("id", ctypes.c_int),
-        ("name", ctypes.c_char * 256),
-        ("info", ctypes.c_char * 256),
-        ("conformance", ctypes.c_uint8 * 4),
-    ]
-
-
-class _Properties2(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("api_version", ctypes.c_uint32),
-        ("driver_version", ctypes.c_uint32),
-        ("vendor", ctypes.c_uint32),
-        ("device", ctypes.c_uint32),
-        ("device_type", ctypes.c_int),
-        ("name", ctypes.c_char * 256),
-        ("rest", ctypes.c_uint64 * 256),  # cache id, limits and sparse properties: 800 bytes, of no use here
-    ]
+_ApplicationInfo = _struct(
+    type=c_int, next=c_void_p, name=c_char_p, version=c_uint32, engine=c_char_p, engine_version=c_uint32, api=c_uint32
+)
+_InstanceCreateInfo = _struct(
+    type=c_int,
+    next=c_void_p,
+    flags=c_uint32,
+    application=c_void_p,
+    n_layers=c_uint32,
+    layers=c_void_p,
+    n_extensions=c_uint32,
+    extensions=c_void_p,
+)
+_DriverProperties = _struct(
+    type=c_int, next=c_void_p, id=c_int, name=c_char * 256, info=c_char * 256, conformance=c_uint8 * 4
+)
+# The rest: cache id, limits and sparse properties, 800 bytes that are not needed here.
+_Properties2 = _struct(
+    type=c_int,
+    next=c_void_p,
+    versions_and_ids=c_uint32 * 4,
+    device_type=c_int,
+    name=c_char * 256,
+    rest=c_uint64 * 256,
+)
 
 
 def devices() -> list[Device]:
@@ -103,26 +86,26 @@ def devices() -> list[Device]:
         vk = ctypes.CDLL(LOADER)
     except OSError as error:
         raise VulkanError(f"no Vulkan loader: {error}") from error
-    application = _ApplicationInfo(type=_APPLICATION_INFO, api_version=_API_1_2)
-    info = _InstanceCreateInfo(type=_INSTANCE_CREATE_INFO, application_info=ctypes.pointer(application))
-    instance = ctypes.c_void_p()
-    result = vk.vkCreateInstance(ctypes.byref(info), None, ctypes.byref(instance))
+    application = _ApplicationInfo(type=_APPLICATION_INFO, api=_API_1_2)
+    info = _InstanceCreateInfo(type=_INSTANCE_CREATE_INFO, application=ctypes.addressof(application))
+    instance = c_void_p()
+    result = vk.vkCreateInstance(byref(info), None, byref(instance))
     if result != 0:
         raise VulkanError(f"the Vulkan loader finds no driver (VkResult {result})")
     try:
-        count = ctypes.c_uint32()
-        vk.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), None)
-        handles = (ctypes.c_void_p * count.value)()
-        vk.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), handles)
-        return [_describe(vk, handle) for handle in handles]
+        count = c_uint32()
+        vk.vkEnumeratePhysicalDevices(instance, byref(count), None)
+        handles = (c_void_p * count.value)()
+        vk.vkEnumeratePhysicalDevices(instance, byref(count), handles)
+        return [_device(vk, handle) for handle in handles]
     finally:
         vk.vkDestroyInstance(instance, None)
 
 
-def _describe(vk: ctypes.CDLL, handle: int | None) -> Device:
+def _device(vk: ctypes.CDLL, handle: int | None) -> Device:
     driver = _DriverProperties(type=_DRIVER_PROPERTIES)
-    properties = _Properties2(type=_PROPERTIES_2, next=ctypes.cast(ctypes.pointer(driver), ctypes.c_void_p))
-    vk.vkGetPhysicalDeviceProperties2(ctypes.c_void_p(handle), ctypes.byref(properties))
+    properties = _Properties2(type=_PROPERTIES_2, next=ctypes.addressof(driver))
+    vk.vkGetPhysicalDeviceProperties2(c_void_p(handle), byref(properties))
     return Device(properties.name.decode(), driver.info.decode(), properties.device_type == _CPU)
 
 

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import ipaddress
 import os
-import socket
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rpd_sb3.cli.common import RUN_ERROR, USER_ERROR, Interrupt, Job, Parser, run_command, whole_number
+from rpd_sb3.cli.common import RUN_ERROR, USER_ERROR, Interrupt, Parser, check_at_least, run_command, whole_number
+from rpd_sb3.serve.address import bind, is_loopback, url_of
+
+if TYPE_CHECKING:
+    from rpd_sb3.contract.teacher import Teacher
+    from rpd_sb3.serve.ray_engine import RayServer
 
 ENGINES = ("local", "ray")
+SERVICES = ("http", "https", "openpi")
+"""Kinds of teachers that are services themselves."""
 LINGER = 2.0
 """Seconds for which the health pages still tell why the teacher could not be loaded."""
 
 
 def make_parser() -> Parser:
     """Every flag."""
+    from rpd_sb3.teachers.registry import TEACHERS  # late: it needs packages, and set_up says how to install them
+
     parser = Parser(prog="python -m rpd_sb3.serve", description=__doc__)
     add = parser.add_argument
-    add("--teacher", required=True, help="scripted, sb3:FILE, openvla:PATH, octo:PATH, or MODULE:CLASS for your own")
+    add("--teacher", required=True, help=", ".join(name for name in TEACHERS if kind_of(name) not in SERVICES))
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--env", metavar="ID", help="environment that the teacher is for; scripted needs it")
-    add("--name", default="teacher", help="of the model, under which clients ask for it")
-    add("--host", default="127.0.0.1", help="address to listen at; others than loopback need a token")
-    add("--port", type=whole_number, default=8000, help="0: any that is free")
-    add("--token", help="that clients must send [environment variable RPD_SB3_TOKEN]")
+    add("--name", default="teacher", help="name under which clients ask for the teacher")
+    add("--host", default="127.0.0.1", help="address to listen at; any other than loopback needs a token")
+    add("--port", type=whole_number, default=8000, help="port to listen at; 0: any that is free")
+    add("--token", help="token that clients must send [environment variable RPD_SB3_TOKEN]")
     add("--max-batch", type=whole_number, default=64, metavar="N", help="rows of one call of the teacher")
-    wait = "that a query waits for others to make a batch [a quarter of the last batch's time, at least 5]"
+    wait = "how long a query waits for others to make a batch [a quarter of the last batch's time, at least 5]"
     add("--max-wait-ms", type=float, metavar="MS", help=wait)
     add("--queue-size", type=whole_number, default=256, metavar="N", help="queries that may wait; more are refused")
     add("--max-body-mb", type=whole_number, default=256, metavar="MB", help="size of one request")
     add("--engine", choices=ENGINES, default="local", help="ray: replicas in processes of a Ray cluster")
-    add("--replicas", type=whole_number, default=1, metavar="N", help="of the teacher, for --engine ray")
+    add("--replicas", type=whole_number, default=1, metavar="N", help="copies of the teacher, for --engine ray")
     return parser
 
 
@@ -46,19 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: set_up(argv))
 
 
-def set_up(argv: Sequence[str]) -> Job:
+def set_up(argv: Sequence[str]) -> LocalServer | RayServer:
     """A service, ready to start.
 
     :raises ValueError: with what is wrong
+    :raises OSError: if the port is taken
     """
-    args = make_parser().parse_args(argv)
-    args.token = args.token or os.environ.get("RPD_SB3_TOKEN")
-    check(args)
-    if args.engine == "ray":
-        from rpd_sb3.serve.ray_engine import RayJob
+    try:
+        args = make_parser().parse_args(argv)
+        args.token = args.token or os.environ.get("RPD_SB3_TOKEN")
+        check(args)
+        load = teacher_loader(args)
+        max_wait = None if args.max_wait_ms is None else args.max_wait_ms / 1000
+        options = {"max_batch": args.max_batch, "max_wait": max_wait, "queue_size": args.queue_size}
+        if args.engine == "ray":
+            from rpd_sb3.serve.ray_engine import RayServer
 
-        return RayJob(args, teacher_loader(args))
-    return LocalJob(args)
+            return RayServer(args, load, options)
+        return LocalServer(args, load, options)
+    except ImportError as error:
+        raise ValueError(f"{error}; {advice()}") from error
+
+
+def kind_of(teacher: str) -> str:
+    """``sb3:FILE`` -> ``sb3``."""
+    return teacher.partition(":")[0]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -66,9 +85,7 @@ def check(args: argparse.Namespace) -> None:
 
     :raises ValueError: naming the first one
     """
-    for key in ("max_batch", "queue_size", "max_body_mb", "replicas"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    check_at_least(vars(args), {"max_batch": 1, "queue_size": 1, "max_body_mb": 1, "replicas": 1})
     if args.max_wait_ms is not None and not 0 <= args.max_wait_ms < 60_000:
         raise ValueError(f"--max-wait-ms {args.max_wait_ms} must lie between 0 and 60000")
     if not 0 <= args.port < 65536:
@@ -77,25 +94,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--name {args.name!r} must consist of letters, digits, '-', '_' and '.'")
     if args.teacher == "scripted" and args.env is None:
         raise ValueError("--env is missing: a scripted teacher knows one task, e.g. --env PickCube-v1")
-    if args.teacher.startswith(("http:", "https:", "openpi:")):
+    if kind_of(args.teacher) in SERVICES:
         raise ValueError(f"--teacher {args.teacher} is a service already; train with it")
     if args.engine == "local" and args.replicas != 1:
-        raise ValueError(
-            f"--replicas {args.replicas} needs --engine ray; or start several services on ports of their own"
-        )
+        raise ValueError(f"--replicas {args.replicas} needs --engine ray; or start several services on different ports")
     if not is_loopback(args.host) and not args.token:
         raise ValueError(f"--host {args.host} lets other machines in: give a --token, or set RPD_SB3_TOKEN")
 
 
-def is_loopback(host: str) -> bool:
-    """True if only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def teacher_loader(args: argparse.Namespace) -> Any:
+def teacher_loader(args: argparse.Namespace) -> Callable[[], Teacher]:
     """A function that makes the teacher of the command line.
 
     :raises ValueError: for words that are not key:value
@@ -119,33 +126,25 @@ def advice() -> str:
     return f"pip install {' '.join(needed)}"
 
 
-class LocalJob:
+class LocalServer:
     """The service in this process.
 
     :param args: command line
-    :raises ValueError: if a package is missing
+    :param load: makes the teacher
+    :param options: of the engine
+    :raises ImportError: if a package is missing
     :raises OSError: if the port is taken
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        try:
-            import uvicorn
+    def __init__(self, args: argparse.Namespace, load: Callable[[], Teacher], options: Mapping[str, Any]) -> None:
+        import uvicorn
 
-            from rpd_sb3.serve.app import Service, make_app
-            from rpd_sb3.serve.engine import Engine
-            from rpd_sb3.serve.metrics import Metrics
+        from rpd_sb3.serve.app import Service, make_app
+        from rpd_sb3.serve.engine import Engine
+        from rpd_sb3.serve.metrics import Metrics
 
-            load = teacher_loader(args)
-        except ImportError as error:
-            raise ValueError(f"{error}; {advice()}") from error
-        self.args = args
-        self.engine = Engine(
-            load,
-            Metrics(args.name),
-            max_batch=args.max_batch,
-            max_wait=None if args.max_wait_ms is None else args.max_wait_ms / 1000,
-            queue_size=args.queue_size,
-        )
+        self.teacher = args.teacher
+        self.engine = Engine(load, Metrics(), **options)
         app = make_app(Service(self.engine, args.name, args.max_body_mb * 2**20), args.token)
         self.socket = bind(args.host, args.port)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30, lifespan="on")
@@ -153,9 +152,7 @@ class LocalJob:
 
     def run(self, interrupt: Interrupt) -> int:
         """Serve until a signal comes, or the teacher fails."""
-        host, port = self.socket.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        print(f"teacher {self.args.teacher} at http://{address}:{port}", flush=True)
+        print(f"teacher {self.teacher} at {url_of(*self.socket.getsockname()[:2])}", flush=True)
         # In a thread of its own uvicorn leaves signals to us.
         server = threading.Thread(target=self.server.run, args=([self.socket],))
         server.start()
@@ -171,23 +168,6 @@ class LocalJob:
     def close(self) -> None:
         """Free the port."""
         self.socket.close()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    :raises OSError: in one sentence, if the address cannot be had
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)  # from here on callers wait instead of being refused
-    except OSError as error:
-        hint = "; choose another --port" if getattr(error, "errno", None) in (13, 98) else ""
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror or error}{hint}") from error
-    return listener
 
 
 if __name__ == "__main__":

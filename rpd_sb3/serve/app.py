@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -30,13 +29,13 @@ from rpd_sb3.serve.memory import OutOfStep
 from rpd_sb3.serve.page import status_page
 from rpd_sb3.serve.regions import Regions, UnknownRegion
 from rpd_sb3.serve.requests import read_request, write_response
-from rpd_sb3.wire.messages import HEADER_LENGTH
+from rpd_sb3.wire.messages import HEADER_LENGTH, parse_region
 from rpd_sb3.wire.shared_memory import SharedMemoryError, StaleGeneration
 from rpd_sb3.wire.spec import metadata
 from rpd_sb3.wire.tensors import ProtocolError
 
 MAX_BODY = 256 * 2**20
-EXTENSIONS = ["binary_tensor_data", "system_shared_memory", "statistics"]
+EXTENSIONS = ["binary_tensor_data", "system_shared_memory"]
 OPEN = ("/v2/health/live", "/v2/health/ready")
 """Paths that need no token."""
 LARGE = 2**16
@@ -48,7 +47,7 @@ class BodyTooLarge(ValueError):
 
 
 class UnknownModel(ValueError):
-    """The model, or its version, is not the one that is served."""
+    """The model is not the one that is served."""
 
 
 class Service:
@@ -61,7 +60,10 @@ class Service:
     """
 
     def __init__(self, engine: Engine, name: str, max_body: int = MAX_BODY, shared_memory: bool = True) -> None:
-        self.engine, self.name, self.max_body, self.shared_memory = engine, name, max_body, shared_memory
+        self.engine = engine
+        self.name = name
+        self.max_body = max_body
+        self.shared_memory = shared_memory
         self.regions = Regions()
 
     async def server(self, request: Request) -> Response:
@@ -84,10 +86,6 @@ class Service:
     async def metadata(self, request: Request) -> Response:
         self._check_name(request)
         return JSONResponse(metadata(self._spec(), self.name, __version__, shared_memory=self.shared_memory))
-
-    async def stats(self, request: Request) -> Response:
-        self._check_name(request)
-        return JSONResponse({"model_stats": [self.engine.metrics.statistics()]})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.engine.metrics.prometheus(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -113,10 +111,10 @@ class Service:
         body = await self._body(request)
         spec = self._spec()
         if len(body) < LARGE:
-            inference = read_request(body, length, spec, self.regions)
+            inference, query = read_request(body, length, spec, self.regions)
         else:
-            inference = await run_in_threadpool(read_request, body, length, spec, self.regions)
-        labels: Labels = await asyncio.wrap_future(self.engine.submit(inference.job))
+            inference, query = await run_in_threadpool(read_request, body, length, spec, self.regions)
+        labels: Labels = await asyncio.wrap_future(self.engine.submit(query))
         message = write_response(inference, labels, self.name, self.regions)
         return Response(message.body, 200, message.headers)
 
@@ -126,12 +124,8 @@ class Service:
     async def register(self, request: Request) -> Response:
         if not self.shared_memory:
             raise ProtocolError("this service takes no shared memory: several processes answer its queries")
-        content = await self._body(request)
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"the body is no JSON: {error}") from error
-        await run_in_threadpool(self.regions.register, request.path_params["region"], body)
+        region = parse_region(await self._body(request))
+        await run_in_threadpool(self.regions.register, request.path_params["region"], region)
         return Response()
 
     async def unregister(self, request: Request) -> Response:
@@ -140,8 +134,10 @@ class Service:
 
     def _check_name(self, request: Request) -> None:
         name = request.path_params.get("name", self.name)
-        if name != self.name or request.path_params.get("version", "1") != "1":
-            raise UnknownModel(f"there is no such model here, only {self.name!r}, version 1")
+        if name != self.name:
+            raise UnknownModel(
+                f"there is no model {name[:100]!r} here, only {self.name!r}: ask for it with --teacher-kwargs name:{self.name}"
+            )
 
     def _spec(self) -> TeacherSpec:
         if self.engine.spec is None:
@@ -187,26 +183,27 @@ def status_of(error: Exception) -> int:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """An unknown path or a wrong method, as the protocol wants it."""
     assert isinstance(error, HTTPException)
-    # The scope's path: the request.url of older Starlettes raises where the Host header is no host.
-    text = f"{request.method} {request.scope['path']}: {error.detail}"
+    text = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse({"error": text}, error.status_code, error.headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """What went wrong, as the protocol wants it: ``{"error": "..."}``."""
     headers = {"Retry-After": f"{error.retry_after:.0f}"} if isinstance(error, Busy) else {}
-    return JSONResponse({"error": str(error), "type": type(error).__name__}, status_of(error), headers)
+    text = str(error).encode(errors="backslashreplace").decode()  # a request may hold half of a surrogate pair
+    return JSONResponse({"error": text, "type": type(error).__name__}, status_of(error), headers)
 
 
 class TokenGate:
-    """Lets only callers in that know the token; browsers may give it as the password.
+    """Lets in only callers that know the token; browsers may give it as the password.
 
     :param app: what is guarded
     :param token: that callers must know
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token.encode()
+        self.app = app
+        self.token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["type"] != "http" or scope["path"] in OPEN
@@ -233,7 +230,7 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
     """The application.
 
     :param service: handlers
-    :param token: that callers must know; None: everybody gets in
+    :param token: that callers must know; None: no token
     :param lifespan: start and close the engine with the application
     :raises ValueError: for a token that no header can hold
     """
@@ -247,29 +244,21 @@ def make_app(service: Service, token: str | None = None, lifespan: bool = True) 
         await run_in_threadpool(service.engine.close)
 
     model, memory = "/v2/models/{name}", "/v2/systemsharedmemory"
-    models = (model, model + "/versions/{version}")
     # Searched in this order, so what is asked at every step comes first.
-    routes = [Route(path + "/infer", service.infer, methods=["POST"]) for path in models]
-    routes += [
+    routes = [
+        Route(model + "/infer", service.infer, methods=["POST"]),
         Route("/", service.page),
         Route("/metrics", service.metrics),
         Route("/v2", service.server),
         Route("/v2/health/live", service.live),
         Route("/v2/health/ready", service.ready),
-        Route("/v2/models/stats", service.stats),
+        Route(model, service.metadata),
+        Route(model + "/ready", service.ready),
+        Route(memory + "/region/{region}/register", service.register, methods=["POST"]),
     ]
-    for path in models:
-        routes += [
-            Route(path, service.metadata),
-            Route(path + "/ready", service.ready),
-            Route(path + "/stats", service.stats),
-        ]
     for path in (memory, memory + "/region/{region}"):
-        routes += [
-            Route(path + "/status", service.shared_memory_status),
-            Route(path + "/unregister", service.unregister, methods=["POST"]),
-        ]
-    routes.append(Route(memory + "/region/{region}/register", service.register, methods=["POST"]))
+        routes.append(Route(path + "/status", service.shared_memory_status))
+        routes.append(Route(path + "/unregister", service.unregister, methods=["POST"]))
     return Starlette(
         routes=routes,
         middleware=[Middleware(TokenGate, token=token)] if token else [],

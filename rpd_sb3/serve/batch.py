@@ -1,16 +1,15 @@
-"""Queries of clients, joined into batches and taken apart again."""
+"""Queries of clients, merged into batches, and what a teacher's answer must be."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from rpd_sb3.contract.teacher import Labels, TeacherError, TeacherSpec
+from rpd_sb3.contract.teacher import Labels, Query, TeacherError, TeacherSpec
 
 
 class Unanswerable(ValueError):
@@ -18,14 +17,10 @@ class Unanswerable(ValueError):
 
 
 @dataclass
-class Job:
-    """One query of one client."""
+class PendingQuery:
+    """A query of one client, and the answer that it waits for."""
 
-    inputs: Mapping[str, np.ndarray]
-    n: int
-    env_ids: np.ndarray
-    episode_starts: np.ndarray
-    actions: np.ndarray | None = None
+    query: Query
     client: str = ""
     sequence: int | None = None
     deadline: float = float("inf")
@@ -35,40 +30,45 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     answer: Future[Labels] = field(default_factory=Future)
 
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return len(self.query.env_ids)
 
-def fit(first: Job, other: Job) -> bool:
+
+def fits(first: Query, other: Query) -> bool:
     """True if two queries can be one batch."""
 
-    def form(job: Job) -> dict[str, Any]:
-        arrays = dict(job.inputs) if job.actions is None else {**job.inputs, "": job.actions}
+    def form(query: Query) -> dict[str, tuple[tuple[int, ...], str]]:
+        arrays = dict(query.inputs) if query.actions is None else {**query.inputs, "": query.actions}
         return {name: (array.shape[1:], array.dtype.kind) for name, array in arrays.items()}
 
     return form(first) == form(other)
 
 
-def join(jobs: list[Job]) -> Job:
+def merge(queries: Sequence[Query]) -> Query:
     """One query of all the rows, in this order."""
-    actions = (
-        None if jobs[0].actions is None else np.concatenate([job.actions for job in jobs if job.actions is not None])
-    )
-    return Job(
-        {name: np.concatenate([job.inputs[name] for job in jobs]) for name in jobs[0].inputs},
-        sum(job.n for job in jobs),
-        np.concatenate([job.env_ids for job in jobs]),
-        np.concatenate([job.episode_starts for job in jobs]),
-        actions,
+    if len(queries) == 1:
+        return queries[0]
+    first = queries[0]
+    actions = [query.actions for query in queries if query.actions is not None]
+    return Query(
+        {name: np.concatenate([query.inputs[name] for query in queries]) for name in first.inputs},
+        np.concatenate([query.env_ids for query in queries]),
+        np.concatenate([query.episode_starts for query in queries]),
+        np.concatenate(actions) if actions else None,
     )
 
 
-def take(job: Job, rows: slice) -> Job:
+def take(query: Query, rows: slice) -> Query:
     """Some rows of a query."""
-    inputs = {name: array[rows] for name, array in job.inputs.items()}
-    actions = None if job.actions is None else job.actions[rows]
-    return Job(inputs, len(job.env_ids[rows]), job.env_ids[rows], job.episode_starts[rows], actions)
+    inputs = {name: array[rows] for name, array in query.inputs.items()}
+    actions = None if query.actions is None else query.actions[rows]
+    return Query(inputs, query.env_ids[rows], query.episode_starts[rows], actions)
 
 
 def check_rows(spec: TeacherSpec, labels: Labels, n: int) -> None:
-    """Make sure that the teacher has given every label for every row.
+    """Check that the teacher has given every label for every row.
 
     :raises TeacherError: if it has not
     """
@@ -78,22 +78,22 @@ def check_rows(spec: TeacherSpec, labels: Labels, n: int) -> None:
             got = len(value) if value is not None and value.ndim else "no"
             raise TeacherError(f"teacher {spec.name!r} gave {got} rows of {name!r} for {n} queries")
         if value.dtype.kind not in "fiub":
-            raise TeacherError(f"teacher {spec.name!r} gave {name!r} as {value.dtype}, which is no number")
+            raise TeacherError(f"teacher {spec.name!r} gave {name!r} as {value.dtype}, which is not a number")
 
 
 def as_arrays(spec: TeacherSpec, labels: Labels) -> Labels:
     """The labels that were promised, as they are sent: float32, int64 or bool."""
-    with np.errstate(over="ignore"):  # too large for a float32: not finite, which is an error of its own
-        return {name: _as_sent(np.asarray(labels[name])) for name in spec.labels if name in labels}
-
-
-def _as_sent(value: np.ndarray) -> np.ndarray:
     kinds = {"f": np.float32, "i": np.int64, "u": np.int64}
-    return value.astype(kinds.get(value.dtype.kind, value.dtype), copy=False)
+    found = {}
+    for name in spec.labels & set(labels):
+        value = np.asarray(labels[name])
+        with np.errstate(over="ignore"):  # too large for a float32: not finite, which is an error of its own
+            found[name] = value.astype(kinds.get(value.dtype.kind, value.dtype), copy=False)
+    return found
 
 
 def check_finite(labels: Labels) -> None:
-    """Make sure that labels are numbers.
+    """Check that labels are numbers.
 
     :raises Unanswerable: naming the first row that is not
     """

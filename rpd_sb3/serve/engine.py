@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rpd_sb3.contract.teacher import Labels, Query, Teacher, TeacherError, TeacherSpec
-from rpd_sb3.serve.batch import Job, Unanswerable, as_arrays, check_finite, check_rows, fit, join, take
+from rpd_sb3.serve.batch import PendingQuery, Unanswerable, as_arrays, check_finite, check_rows, fits, merge, take
 from rpd_sb3.serve.memory import ClientMemory, OutOfStep
 from rpd_sb3.serve.metrics import Metrics
 
@@ -52,7 +52,10 @@ class Engine:
         max_wait: float | None = None,
         queue_size: int = 256,
     ) -> None:
-        self.metrics, self.max_batch, self.max_wait, self.queue_size = metrics, max_batch, max_wait, queue_size
+        self.metrics = metrics
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self.queue_size = queue_size
         self.memory = ClientMemory()
         self.spec: TeacherSpec | None = None
         """Of the loaded teacher; None before."""
@@ -60,8 +63,8 @@ class Engine:
         """Why the teacher could not be loaded, or the thread ended."""
         self.finished = threading.Event()
         self._load = load
-        self._queue: deque[Job] = deque()
-        self._batch: list[Job] = []
+        self._queue: deque[PendingQuery] = deque()
+        self._batch: list[PendingQuery] = []
         self._active: dict[str, float] = {}
         self._wake = threading.Condition()
         self._closing = False
@@ -82,7 +85,7 @@ class Engine:
         """Begin to load the teacher, and return at once."""
         self._thread.start()
 
-    def submit(self, job: Job) -> Future[Labels]:
+    def submit(self, pending: PendingQuery) -> Future[Labels]:
         """Queue a query; the same answer again for one that is repeated.
 
         :raises Busy: if the teacher is not ready or the queue is full
@@ -92,27 +95,29 @@ class Engine:
             if not self.ready:
                 raise Busy(f"the teacher {self.state()}")
             assert self.spec is not None
-            job.answer.set_running_or_notify_cancel()  # from here on nobody can cancel it: others may wait for it too
-            if self.spec.stateful and job.sequence is not None:
-                known = self.memory.repeated(job.client, job.sequence)
+            pending.answer.set_running_or_notify_cancel()  # cannot be cancelled any more: others may wait for it
+            if self.spec.stateful and pending.sequence is not None:
+                known = self.memory.repeated(pending.client, pending.sequence)
                 if known is not None and not _was_put_off(known):
                     return known
             if self.spec.stateful:
-                job.env_ids = self.memory.slots(job.client, job.env_ids, job.episode_starts)
-                if job.sequence is not None:
-                    self.memory.asked(job.client, job.sequence, job.answer)
+                query = pending.query
+                slots = self.memory.slots(pending.client, query.env_ids, query.episode_starts)
+                pending.query = query._replace(env_ids=slots)
+                if pending.sequence is not None:
+                    self.memory.asked(pending.client, pending.sequence, pending.answer)
             if len(self._queue) >= self.queue_size:
                 busy = Busy(f"the queue is full: {self.queue_size} queries wait")
-                self._fail(job, busy)
+                self._fail(pending, busy)
                 raise busy
-            self._queue.append(job)
-            self._active[job.client] = job.arrived
+            self._queue.append(pending)
+            self._active[pending.client] = pending.arrived
             self.metrics.queue.set(len(self._queue))
             self._wake.notify()
-        return job.answer
+        return pending.answer
 
     def state(self) -> str:
-        """What to tell somebody who asks whether the teacher is ready."""
+        """What the teacher is doing: ``is ready``, ``is loading``, ``is shutting down`` or ``failed: <why>``."""
         if self.error is not None:
             return f"failed: {self.error}"
         if self._closing:
@@ -136,15 +141,15 @@ class Engine:
             logger.info("teacher %r is ready", teacher.spec.name)
             while self._next_batch():
                 self._answer(teacher, self._batch)
-                self._batch = []  # its arrays may be large, or somebody's shared memory
+                self._batch = []  # its arrays may be large, or a client's shared memory
         except BaseException as error:  # whatever a model does, exit() included, is reported here and by the exit code
             logger.exception("the teacher failed")
             self.error = f"{type(error).__name__}: {error}"
         finally:
             with self._wake:
-                for job in [*self._batch, *self._queue]:
-                    if not job.answer.done():
-                        job.answer.set_exception(Busy(f"the teacher {self.state()}"))
+                for pending in [*self._batch, *self._queue]:
+                    if not pending.answer.done():
+                        pending.answer.set_exception(Busy(f"the teacher {self.state()}"))
                 self._queue.clear()
             try:
                 if teacher is not None:
@@ -169,92 +174,91 @@ class Engine:
             self.metrics.queue.set(len(self._queue))
             return True
 
-    def _take_batch(self) -> list[Job]:
+    def _take_batch(self) -> list[PendingQuery]:
         """The first query of the queue, and those behind it that fit."""
         assert self.spec is not None
-        batch: list[Job] = []
+        batch: list[PendingQuery] = []
         rows = 0
         slots: set[int] = set()
         while self._queue:
-            job = self._queue[0]
-            if batch and not (rows + job.n <= self.max_batch and fit(batch[0], job)):
+            pending = self._queue[0]
+            if batch and not (rows + pending.n <= self.max_batch and fits(batch[0].query, pending.query)):
                 break
             if self.spec.stateful:
-                if not slots.isdisjoint(job.env_ids.tolist()):
+                if not slots.isdisjoint(pending.query.env_ids.tolist()):
                     break  # the second query of the same environment needs the memory of the first
-                slots.update(job.env_ids.tolist())
+                slots.update(pending.query.env_ids.tolist())
             batch.append(self._queue.popleft())
-            rows += job.n
+            rows += pending.n
         return batch
 
     def _complete(self) -> bool:
-        if sum(job.n for job in self._queue) >= self.max_batch:
+        if sum(pending.n for pending in self._queue) >= self.max_batch:
             return True
         now = time.monotonic()
         self._active = {client: seen for client, seen in self._active.items() if now - seen < RECENT}
-        return set(self._active) <= {job.client for job in self._queue}
+        return set(self._active) <= {pending.client for pending in self._queue}
 
-    def _answer(self, teacher: Teacher, batch: list[Job]) -> None:
-        live = [job for job in batch if self._admit(job)]
+    def _answer(self, teacher: Teacher, batch: list[PendingQuery]) -> None:
+        live = [pending for pending in batch if self._admit(pending)]
         if not live:
             return
         try:
             parts = self._ask(teacher, live)
         except Exception as error:
             if len(live) > 1 and not teacher.spec.stateful:  # one bad query must not cost the others their answers
-                for job in live:
-                    self._answer(teacher, [job])
+                for pending in live:
+                    self._answer(teacher, [pending])
                 return
             logger.warning("the teacher failed on %d queries", len(live), exc_info=True)
-            for job in live:
-                self._fail(job, TeacherError(f"the teacher failed: {type(error).__name__}: {error}"))
+            for pending in live:
+                self._fail(pending, TeacherError(f"the teacher failed: {type(error).__name__}: {error}"))
             return
-        for job, labels in zip(live, parts):
+        for pending, labels in zip(live, parts):
             try:
-                job.still_valid()
+                pending.still_valid()
                 check_finite(labels)
             except Exception as error:
-                self._fail(job, error)
+                self._fail(pending, error)
             else:
-                job.answer.set_result(labels)
+                pending.answer.set_result(labels)
 
-    def _admit(self, job: Job) -> bool:
+    def _admit(self, pending: PendingQuery) -> bool:
         """True if the query is to be asked now; otherwise it has its answer."""
         try:
-            if job.deadline < time.monotonic():
+            if pending.deadline < time.monotonic():
                 raise Busy("the query's deadline passed while it waited")
-            job.still_valid()
+            pending.still_valid()
             if self.spec is not None and self.spec.stateful:
                 with self._wake:
-                    self.memory.close_gaps(job.env_ids, job.episode_starts, job.sequence)
+                    self.memory.close_gaps(pending.query.env_ids, pending.query.episode_starts, pending.sequence)
         except Exception as error:
-            self._fail(job, error)
+            self._fail(pending, error)
             return False
         return True
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        """Answer with an error; a teacher with a memory has not seen the query, or nobody knows what it has seen."""
+    def _fail(self, pending: PendingQuery, error: Exception) -> None:
+        """Answer with an error; a teacher with a memory may not have seen the query."""
         if self.spec is not None and self.spec.stateful and not isinstance(error, (Unanswerable, OutOfStep)):
             with self._wake:
-                self.memory.missed(job.env_ids, job.sequence if isinstance(error, Busy) else None)
-        job.answer.set_exception(error)
+                self.memory.missed(pending.query.env_ids, pending.sequence if isinstance(error, Busy) else None)
+        pending.answer.set_exception(error)
 
-    def _ask(self, teacher: Teacher, jobs: list[Job]) -> list[Labels]:
+    def _ask(self, teacher: Teacher, batch: list[PendingQuery]) -> list[Labels]:
         started = time.monotonic()
-        query = jobs[0] if len(jobs) == 1 else join(jobs)
-        answers = []
-        for at in range(0, max(query.n, 1), self.max_batch):
-            rows = slice(at, at + self.max_batch)
-            answers.append(_label(teacher, query if query.n <= self.max_batch else take(query, rows)))
+        query = merge([pending.query for pending in batch])
+        n = len(query.env_ids)
+        starts = range(0, n, self.max_batch)
+        answers = [_label(teacher, take(query, slice(at, at + self.max_batch))) for at in starts]
         labels = answers[0]
         if len(answers) > 1:
             labels = {name: np.concatenate([answer[name] for answer in answers]) for name in labels}
-        check_rows(teacher.spec, labels, query.n)
+        check_rows(teacher.spec, labels, n)
         self._last_batch = time.monotonic() - started
-        self.metrics.batch(query.n, self._last_batch, [started - job.arrived for job in jobs])
-        ends = np.cumsum([job.n for job in jobs])
+        self.metrics.batch(n, self._last_batch, [started - pending.arrived for pending in batch])
+        ends = np.cumsum([pending.n for pending in batch])
         # Copies: the teacher may use its arrays again, and a kept answer must not keep its whole batch.
-        return [{k: v[end - job.n : end].copy() for k, v in labels.items()} for job, end in zip(jobs, ends)]
+        return [{k: v[end - p.n : end].copy() for k, v in labels.items()} for p, end in zip(batch, ends)]
 
 
 def warm_up(teacher: Teacher) -> None:
@@ -264,7 +268,7 @@ def warm_up(teacher: Teacher) -> None:
         if name == "instruction":
             inputs[name] = np.array(["do nothing"])
         elif name.startswith("images."):
-            size = teacher.spec.image_sizes.get(name[len("images.") :])
+            size = teacher.spec.image_sizes.get(name.removeprefix("images."))
             if size is None:
                 return
             inputs[name] = np.zeros((1, *size, 3), np.uint8)
@@ -273,12 +277,13 @@ def warm_up(teacher: Teacher) -> None:
         else:
             return
     with np.errstate(all="ignore"):
-        query = Job(inputs, 1, np.zeros(1, np.int64), np.ones(1, bool))
-        _label(teacher, query)
+        _label(teacher, Query(inputs, np.zeros(1, np.int64), np.ones(1, bool)))
 
 
-def _label(teacher: Teacher, job: Job) -> Labels:
-    query = Query(job.inputs, job.env_ids, job.episode_starts, job.actions)
+def _label(teacher: Teacher, query: Query) -> Labels:
+    # Strings are objects until here: as NumPy's own they would take rows x longest x 4 bytes for as long as they wait.
+    inputs = {name: array.astype(str) if array.dtype == object else array for name, array in query.inputs.items()}
+    query = query._replace(inputs=inputs)
     label = getattr(teacher, "label", None)  # in this thread, if the teacher can
     return as_arrays(teacher.spec, label(query) if label is not None else teacher.submit(query).result())
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+IDLE = 3600.0
+"""Seconds after which a silent client is forgotten."""
+
 
 class OutOfStep(ValueError):
     """A query that does not continue what the service knows of its client."""
@@ -23,8 +26,9 @@ class ClientMemory:
     :param idle: seconds after which a silent client is forgotten
     """
 
-    def __init__(self, max_slots: int = 4096, idle: float = 3600.0) -> None:
-        self.max_slots, self.idle = max_slots, idle
+    def __init__(self, max_slots: int = 4096, idle: float = IDLE) -> None:
+        self.max_slots = max_slots
+        self.idle = idle
         self._clients: dict[str, _Client] = {}
         self._free: list[int] = []
         self._n_slots = 0
@@ -85,7 +89,7 @@ class ClientMemory:
             self._gaps[slot] = sequence if self._gaps.get(slot, sequence) == sequence else None
 
     def close_gaps(self, slots: np.ndarray, episode_starts: np.ndarray, sequence: int | None) -> None:
-        """Make sure that the teacher's memory is what this query continues.
+        """Check that the teacher's memory is what this query continues, and note that it is complete again.
 
         :raises OutOfStep: if it missed a query since the episode's start, and this is not that one
         """

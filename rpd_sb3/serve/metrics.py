@@ -1,11 +1,9 @@
-"""What the service counts: for Prometheus, for the protocol's statistics and for the status page."""
+"""What the service counts: for Prometheus and for the status page."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,27 +12,21 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counters of one service.
+    """Counters of one service."""
 
-    :param model: name under which it is served
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.started = time.time()
+        self.last_batch: float | None = None
+        """time.time() of the teacher's last answer; None before the first one."""
         self.registry = CollectorRegistry()
-        self.latency = self._histogram("request_seconds", "From a query's arrival to its answer", LATENCY_BUCKETS)
+        self.latency = self._histogram(
+            "request_seconds", "From an answered query's arrival to its answer", LATENCY_BUCKETS
+        )
         self.queued = self._histogram("queue_seconds", "From a query's arrival to its batch", LATENCY_BUCKETS)
         self.inference = self._histogram("batch_seconds", "One call of the teacher", LATENCY_BUCKETS)
         self.batch_size = self._histogram("batch_size", "Rows of one call of the teacher", BATCH_BUCKETS)
         self.queue = Gauge("rpd_sb3_queue_length", "Queries that wait", registry=self.registry)
         self.requests = Counter("rpd_sb3_requests", "Inference requests", ["code"], registry=self.registry)
-        self._lock = threading.Lock()
-        self.last_inference = 0
-        """Milliseconds since the epoch."""
-        self._totals = {"success": [0, 0.0], "fail": [0, 0.0], "queue": [0, 0.0], "compute_infer": [0, 0.0]}
-        self._batches: dict[int, list[float]] = {}
-        self._rows = 0
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"rpd_sb3_{name}", text, buckets=buckets, registry=self.registry)
@@ -46,16 +38,9 @@ class Metrics:
         :param seconds: that it took
         :param waits: seconds that each of its queries had waited
         """
+        self.last_batch = time.time()
         self.batch_size.observe(rows)
         self.inference.observe(seconds)
-        with self._lock:
-            self._rows += rows
-            self.last_inference = int(time.time() * 1000)
-            self._add("compute_infer", len(waits), seconds)
-            self._add("queue", len(waits), sum(waits))
-            count = self._batches.setdefault(rows, [0, 0.0])
-            count[0] += 1
-            count[1] += seconds
         for wait in waits:
             self.queued.observe(wait)
 
@@ -66,33 +51,17 @@ class Metrics:
         :param seconds: from its arrival to its answer
         """
         self.requests.labels(str(code)).inc()
-        self.latency.observe(seconds)
-        with self._lock:
-            self._add("success" if code == 200 else "fail", 1, seconds)
+        if code == 200:
+            self.latency.observe(seconds)
 
-    def _add(self, key: str, count: int, seconds: float) -> None:
-        self._totals[key][0] += count
-        self._totals[key][1] += seconds
-
-    def statistics(self) -> dict[str, Any]:
-        """The protocol's statistics extension: counts, and times in nanoseconds."""
-        apart = dict.fromkeys(("compute_input", "compute_output"), {"count": 0, "ns": 0})  # part of compute_infer here
-        with self._lock:
-            totals = {key: {"count": int(n), "ns": int(s * 1e9)} for key, (n, s) in self._totals.items()}
-            totals.update(apart)
-            batches = [
-                {"batch_size": rows, "compute_infer": {"count": int(n), "ns": int(s * 1e9)}, **apart}
-                for rows, (n, s) in sorted(self._batches.items())
-            ]
-            return {
-                "name": self.model,
-                "version": "1",
-                "last_inference": self.last_inference,
-                "inference_count": self._rows,
-                "execution_count": int(sum(count for count, _ in self._batches.values())),
-                "inference_stats": totals,
-                "batch_stats": batches,
-            }
+    def total(self, sample: str, **labels: str) -> float:
+        """A sample, summed over the labels that are not given, e.g. ``total("requests_total", code="200")``."""
+        return sum(
+            found.value
+            for family in self.registry.collect()
+            for found in family.samples
+            if found.name == f"rpd_sb3_{sample}" and labels.items() <= found.labels.items()
+        )
 
     def prometheus(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -1,13 +1,13 @@
-"""The status page: what a person wants to know of the service."""
+"""The status page: the state of the service, for people."""
 
 from __future__ import annotations
 
 import time
 from html import escape
-from typing import Any
 
 from rpd_sb3.contract.teacher import TeacherSpec
 from rpd_sb3.serve.engine import Engine
+from rpd_sb3.serve.metrics import Metrics
 
 # color-scheme: without it a dark page flashes white at every reload. overflow-wrap: names and paths of models are long.
 STYLE = """
@@ -30,21 +30,19 @@ def status_page(engine: Engine, name: str, version: str) -> str:
     :param name: of the model
     :param version: of the library
     """
-    spec, statistics = engine.spec, engine.metrics.statistics()
+    spec, metrics = engine.spec, engine.metrics
     state, _, reason = engine.state().partition(": ")
     mark = "ready" if engine.ready else "failed" if engine.error is not None else "loading"
-    known = {} if spec is None else {"Teacher": _about(spec, engine), "Queries": _queries(statistics, engine)}
-    tables = "".join(_table(title, rows) for title, rows in known.items())
-    up = _duration(time.time() - engine.metrics.started)
-    title, stats = escape(name), escape(f"/v2/models/{name}/stats")
+    tables = "" if spec is None else _table("Teacher", _about(spec, engine)) + _table("Queries", _queries(engine))
+    title = escape(name)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title} {escape(state)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{title} <span class="{mark}">{escape(state)}</span></h1>'
         + (f'<p class="reason">{escape(reason)}</p>' if reason else "")
-        + f"{tables}<footer>Up for {up}. rpd_sb3 {escape(version)}. "
-        f'For machines: <a href="/metrics">/metrics</a>, <a href="{stats}">{stats}</a></footer></body></html>'
+        + f"{tables}<footer>Up for {_duration(time.time() - metrics.started)}. rpd_sb3 {escape(version)}. "
+        'For machines: <a href="/metrics">/metrics</a></footer></body></html>'
     )
 
 
@@ -60,19 +58,20 @@ def _about(spec: TeacherSpec, engine: Engine) -> dict[str, str]:
     }
 
 
-def _queries(statistics: dict[str, Any], engine: Engine) -> dict[str, str]:
-    totals, batches = statistics["inference_stats"], statistics["execution_count"]
-    last = statistics["last_inference"] / 1000
-    mean_batch = f"{statistics['inference_count'] / batches:.1f} (at most {engine.max_batch})" if batches else "-"
+def _queries(engine: Engine) -> dict[str, str]:
+    metrics = engine.metrics
+    answered = metrics.total("requests_total", code="200")
+    rows, batches = metrics.total("batch_size_sum"), metrics.total("batch_size_count")
+    last = metrics.last_batch
     return {
-        "Answered": f"{totals['success']['count']:,}",
-        "Refused": f"{totals['fail']['count']:,}",
+        "Answered": f"{answered:,.0f}",
+        "Refused": f"{metrics.total('requests_total') - answered:,.0f}",
         "Waiting": f"{engine.waiting} (at most {engine.queue_size})",
-        "Last answer": f"{_duration(time.time() - last)} ago" if last else "none yet",
-        "Labels given": f"{statistics['inference_count']:,}",
-        "Mean latency": _mean(totals["success"]),
-        "of it, in the queue": _mean(totals["queue"]),
-        "Mean batch": mean_batch,
+        "Last answer": "none yet" if last is None else f"{_duration(time.time() - last)} ago",
+        "Labels given": f"{rows:,.0f}",
+        "Mean latency": _mean_ms(metrics, "request_seconds"),
+        "of it, in the queue": _mean_ms(metrics, "queue_seconds"),
+        "Mean batch": f"{rows / batches:.1f} (at most {engine.max_batch})" if batches else "-",
     }
 
 
@@ -81,8 +80,9 @@ def _table(title: str, rows: dict[str, str]) -> str:
     return f"<h2>{escape(title)}</h2><table>{''.join(cells)}</table>"
 
 
-def _mean(total: dict[str, int]) -> str:
-    return f"{total['ns'] / total['count'] / 1e6:.1f} ms" if total["count"] else "-"
+def _mean_ms(metrics: Metrics, name: str) -> str:
+    count = metrics.total(f"{name}_count")
+    return f"{1000 * metrics.total(f'{name}_sum') / count:.1f} ms" if count else "-"
 
 
 def _duration(seconds: float) -> str:

@@ -11,11 +11,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rpd_sb3.contract.teacher import Teacher, TeacherError
+from rpd_sb3.serve.address import free_port, url_of
 
 APP = "rpd_sb3"
 """Name of the application in the cluster."""
@@ -36,16 +37,17 @@ LOCAL_SETTINGS = {
 """Environment variables for a Ray that is started here."""
 
 
-class RayJob:
+class RayServer:
     """The service in processes of a Ray cluster: the one that RAY_ADDRESS names, or a new one on this machine.
 
     :param args: command line
     :param load: makes the teacher, in each replica
+    :param options: of each replica's engine
     :raises ValueError: if a package is missing, the cluster is too small or busy, or the teacher cannot be loaded
     :raises OSError: if the port is taken
     """
 
-    def __init__(self, args: argparse.Namespace, load: Callable[[], Teacher]) -> None:
+    def __init__(self, args: argparse.Namespace, load: Callable[[], Teacher], options: Mapping[str, Any]) -> None:
         self.args = args
         self._ours = False
         cluster = os.environ.get("RAY_ADDRESS")
@@ -53,17 +55,16 @@ class RayJob:
             raise ValueError(f"--port 0 is for one machine; choose a number for the cluster RAY_ADDRESS={cluster}")
         self.port = args.port if cluster else free_port(args.host, args.port)
         try:
-            join(cluster)
+            join_cluster(cluster)
             self._start_serve()
-            self._deploy(load)
+            self._deploy(load, options)
         except BaseException:
             self.close()
             raise
 
     def run(self, interrupt: Any) -> int:
         """Serve until a signal comes; Ray replaces replicas that die."""
-        address = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
-        print(f"teacher {self.args.teacher} at http://{address}:{self.port}", flush=True)
+        print(f"teacher {self.args.teacher} at {url_of(self.args.host, self.port)}", flush=True)
         was = "RUNNING"
         while True:
             time.sleep(POLL)
@@ -71,7 +72,7 @@ class RayJob:
             if status in ("GONE", "DELETING"):
                 raise TeacherError("the application has been removed from the Ray cluster")
             if status != was:
-                print(f"the replicas are {status}: {reason(message)}", file=sys.stderr, flush=True)
+                print(f"the replicas are {status}: {last_reason(message)}", file=sys.stderr, flush=True)
             was = status
 
     def close(self) -> None:
@@ -108,9 +109,9 @@ class RayJob:
             )
         except ray.exceptions.RayError as error:  # it has waited until the proxy listens
             place = f"{self.args.host}:{self.port}, on the cluster's head node"
-            raise OSError(f"Ray's HTTP proxy cannot start at {place}: {reason(str(error))}") from error
+            raise OSError(f"Ray's HTTP proxy cannot start at {place}: {last_reason(str(error))}") from error
 
-    def _deploy(self, load: Callable[[], Teacher]) -> None:
+    def _deploy(self, load: Callable[[], Teacher], options: Mapping[str, Any]) -> None:
         from ray import serve
 
         from rpd_sb3.serve.ray_replica import TeacherReplica
@@ -129,28 +130,20 @@ class RayJob:
             request_router_config={"request_router_class": "rpd_sb3.serve.ray_replica.StickyRouter"},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        teacher = deployment(TeacherReplica).bind(
-            load,
-            args.name,
-            args.token,
-            args.max_body_mb * 2**20,
-            max_batch=args.max_batch,
-            max_wait=None if args.max_wait_ms is None else args.max_wait_ms / 1000,
-            queue_size=args.queue_size,
-        )
+        teacher = deployment(TeacherReplica).bind(load, args.name, args.token, args.max_body_mb * 2**20, options)
         serve.run_many([serve.RunTarget(teacher, name=APP)], wait_for_applications_running=False)
         said = ""
         while (state := application_status())[0] != "RUNNING":
             status, message = state
             if status not in ("NOT_STARTED", "DEPLOYING"):
-                raise ValueError(reason(message))
+                raise ValueError(last_reason(message))
             if message and message != said:
-                print(f"waiting: {reason(message)}", file=sys.stderr, flush=True)
+                print(f"waiting: {last_reason(message)}", file=sys.stderr, flush=True)
             said = message
             time.sleep(POLL / 2)
 
 
-def join(cluster: str | None) -> None:
+def join_cluster(cluster: str | None) -> None:
     """Connect to a Ray cluster.
 
     :param cluster: its address; None: start one on this machine, closed to others
@@ -200,7 +193,7 @@ def end_serve() -> None:
 
 
 def check_room(replicas: int) -> None:
-    """Make sure that all replicas can be placed at once.
+    """Check that all replicas can be placed at once.
 
     :raises ValueError: naming what is missing
     """
@@ -224,7 +217,7 @@ def gpu_share(replicas: int) -> float:
 
 
 def cluster_is_up() -> bool:
-    """True if somebody listens where the cluster's head should."""
+    """True if the cluster's head accepts connections."""
     import ray
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -246,23 +239,8 @@ def application_status() -> tuple[str, str]:
     return str(app.status.value), next((message for message in messages[::-1] if message), "")
 
 
-def reason(message: str) -> str:
+def last_reason(message: str) -> str:
     """The innermost reason in a message of Ray Serve: its last line, without the traceback before it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     return last[max(last.find("the teacher "), 0) :]
-
-
-def free_port(host: str, port: int) -> int:
-    """The port if nobody listens there; for 0 any that is free.
-
-    :raises OSError: in one sentence, if the address cannot be had
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port") from error

@@ -1,10 +1,10 @@
-"""What runs in the processes of Ray Serve: one replica of a teacher, and who gets which query."""
+"""What runs in the processes of Ray Serve: a replica of the teacher, and the router that picks one for each query."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -14,10 +14,8 @@ from starlette.applications import Starlette
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
+from rpd_sb3.serve.memory import IDLE
 from rpd_sb3.serve.metrics import Metrics
-
-IDLE = 3600.0
-"""Seconds after which a silent client is forgotten, as in ClientMemory."""
 
 
 @serve.ingress()
@@ -26,15 +24,19 @@ class TeacherReplica:
 
     :param load: makes the teacher
     :param name: of the model
-    :param token: that clients must know; None: everybody gets in
+    :param token: that clients must know; None: no token
     :param max_body: bytes of a request
-    :param engine: further arguments of Engine
+    :param options: of the engine
     :raises RuntimeError: if the teacher cannot be loaded
     """
 
-    def __init__(self, load: Callable[[], Teacher], name: str, token: str | None, max_body: int, **engine: Any) -> None:
-        self.name, self.token, self.max_body = name, token, max_body
-        self.engine = Engine(load, Metrics(name), **engine)
+    def __init__(
+        self, load: Callable[[], Teacher], name: str, token: str | None, max_body: int, options: Mapping[str, Any]
+    ) -> None:
+        self.name = name
+        self.token = token
+        self.max_body = max_body
+        self.engine = Engine(load, Metrics(), **options)
         self.engine.start()
         while not self.engine.ready and not self.engine.finished.wait(0.05):
             pass

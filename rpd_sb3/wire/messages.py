@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -18,6 +19,8 @@ from rpd_sb3.wire.tensors import ProtocolError, check_header, datatype_of, from_
 HEADER_LENGTH = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
 JSON = "application/json"
+MAX_TEXT = 200
+"""Characters of a name or an id in a request."""
 
 
 class Message(NamedTuple):
@@ -27,14 +30,60 @@ class Message(NamedTuple):
     headers: dict[str, str]
 
 
-class SharedTensor(NamedTuple):
-    """A tensor that lies in a shared memory region instead of in the message."""
+class Place(NamedTuple):
+    """Part of a registered shared memory region."""
 
     region: str
     offset: int
     byte_size: int
+
+
+class SharedTensor(NamedTuple):
+    """A tensor that lies in shared memory instead of in the message."""
+
+    place: Place
     datatype: str
     shape: tuple[int, ...]
+
+
+class Output(NamedTuple):
+    """An output that a request asks for."""
+
+    name: str
+    binary: bool
+    place: Place | None
+    """Where in shared memory it goes; None: into the response."""
+
+
+class Generation(NamedTuple):
+    """The number that a slot in shared memory counts while it holds the tensors of a request."""
+
+    region: str
+    offset: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """An inference request as the protocol describes it; whether its inputs suit the teacher is not checked."""
+
+    inputs: Mapping[str, np.ndarray | SharedTensor]
+    outputs: Sequence[Output]
+    id: str | None
+    client_id: str
+    """Empty: the client has not said who it is."""
+    sequence: int | None
+    timeout: float
+    """Seconds."""
+    generation: Generation | None
+
+
+class RegionRequest(NamedTuple):
+    """A request to register part of a shared memory object."""
+
+    key: str
+    offset: int
+    byte_size: int
 
 
 def build(
@@ -54,11 +103,12 @@ def build(
     :raises ProtocolError: for a plain tensor that JSON cannot hold
     """
     described = list(entries)
-    chunks = [to_bytes(array) for array in arrays.values()]
-    for (name, array), chunk in zip(arrays.items(), chunks):
-        described.append(_describe(name, array, parameters={"binary_data_size": len(chunk)}))
+    chunks = []
+    for name, array in arrays.items():
+        chunks.append(to_bytes(array))
+        described.append(_entry(name, array, parameters={"binary_data_size": len(chunks[-1])}))
     for name, array in (plain or {}).items():
-        described.append(_describe(name, array, data=to_json(array, name)))
+        described.append(_entry(name, array, data=to_json(array, name)))
     head = json.dumps({**header, tensors: described}).encode()
     if not chunks:
         return Message(head, {"Content-Type": JSON})
@@ -67,15 +117,15 @@ def build(
 
 def describe_shared(name: str, tensor: SharedTensor) -> dict[str, Any]:
     """The entry of a tensor that lies in shared memory."""
-    place = {
-        "shared_memory_region": tensor.region,
-        "shared_memory_offset": tensor.offset,
-        "shared_memory_byte_size": tensor.byte_size,
+    parameters = {
+        "shared_memory_region": tensor.place.region,
+        "shared_memory_offset": tensor.place.offset,
+        "shared_memory_byte_size": tensor.place.byte_size,
     }
-    return {"name": name, "datatype": tensor.datatype, "shape": list(tensor.shape), "parameters": place}
+    return {"name": name, "datatype": tensor.datatype, "shape": list(tensor.shape), "parameters": parameters}
 
 
-def _describe(name: str, array: np.ndarray, **content: Any) -> dict[str, Any]:
+def _entry(name: str, array: np.ndarray, **content: Any) -> dict[str, Any]:
     return {"name": name, "datatype": datatype_of(array), "shape": list(array.shape), **content}
 
 
@@ -84,7 +134,7 @@ def parse(body: bytes | memoryview, header_length: str | None) -> tuple[dict[str
 
     :param body: all of it
     :param header_length: content of the header of that name; None: no binary part
-    :raises ProtocolError: if it is no such message
+    :raises ProtocolError: if it is not such a message
     """
     view = memoryview(body)
     length = len(view)
@@ -92,13 +142,7 @@ def parse(body: bytes | memoryview, header_length: str | None) -> tuple[dict[str
         if not (re.fullmatch("[0-9]{1,18}", header_length) and int(header_length) <= len(view)):
             raise ProtocolError(f"{HEADER_LENGTH}: {header_length[:50]!r} must be a number up to {len(view)}")
         length = int(header_length)
-    try:
-        header = json.loads(bytes(view[:length]), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the message is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ProtocolError(f"the message must be a JSON object, got {type(header).__name__}")
-    return header, view[length:]
+    return _json_object(view[:length]), view[length:]
 
 
 def read_tensors(header: Mapping[str, Any], tensors: str, binary: memoryview) -> dict[str, np.ndarray | SharedTensor]:
@@ -120,12 +164,13 @@ def read_tensors(header: Mapping[str, Any], tensors: str, binary: memoryview) ->
         name = entry["name"][:100]
         if name in found:
             raise ProtocolError(f"tensor {name!r} comes twice")
-        datatype, shape, parameters = entry.get("datatype"), entry.get("shape"), parameters_of(entry)
+        datatype, shape, parameters = entry.get("datatype"), entry.get("shape"), _parameters(entry)
         check_header(datatype, shape, name)
         if "shared_memory_region" in parameters:
-            found[name] = shared_tensor(name, parameters, str(datatype), tuple(shape or ()))
+            place = _place(parameters, f"tensor {name!r}")
+            found[name] = SharedTensor(place, str(datatype), tuple(shape or ()))
         elif "binary_data_size" in parameters:
-            size = whole_number(parameters, "binary_data_size", name)
+            size = _natural(parameters, "binary_data_size", f"tensor {name!r}")
             if at + size > len(binary):
                 raise ProtocolError(f"tensor {name!r}: {len(binary) - at} bytes are left of the {size} announced")
             found[name] = from_bytes(binary[at : at + size], str(datatype), shape or (), name)
@@ -139,50 +184,116 @@ def read_tensors(header: Mapping[str, Any], tensors: str, binary: memoryview) ->
     return found
 
 
-def shared_tensor(name: str, parameters: Mapping[str, Any], datatype: str, shape: tuple[int, ...]) -> SharedTensor:
-    """Where a tensor lies in shared memory.
+def parse_request(body: bytes | memoryview, header_length: str | None, labels: Collection[str]) -> Request:
+    """The inference request that a message is.
 
-    :raises ProtocolError: if region, offset or size are not as the protocol says
+    :param body: all of it
+    :param header_length: content of the header of that name; None: no binary part
+    :param labels: outputs that there are
+    :raises ProtocolError: with what is wrong
     """
-    region = parameters["shared_memory_region"]
-    if not isinstance(region, str):
-        raise ProtocolError(f"tensor {name!r}: shared_memory_region must be a name")
-    offset = whole_number(parameters, "shared_memory_offset", name, default=0)
-    return SharedTensor(region, offset, whole_number(parameters, "shared_memory_byte_size", name), datatype, shape)
+    header, binary = parse(body, header_length)
+    inputs = read_tensors(header, "inputs", binary)
+    identity = header.get("id")
+    if identity is not None and not isinstance(identity, str):
+        raise ProtocolError("id must be a string")
+    parameters, owner = _parameters(header), "the request"
+    generation = None
+    if "shared_memory_generation" in parameters:
+        generation = Generation(
+            _text(parameters, "shared_memory_generation_region", owner),
+            _natural(parameters, "shared_memory_generation_offset", owner),
+            _natural(parameters, "shared_memory_generation", owner),
+        )
+    timeout = float("inf")
+    if "timeout" in parameters:
+        timeout = _natural(parameters, "timeout", owner) / 1e6  # microseconds, as in Triton
+    return Request(
+        inputs,
+        _outputs(header.get("outputs"), _flag(parameters, "binary_data_output", owner, False), labels),
+        identity,
+        _text(parameters, "client_id", owner) if "client_id" in parameters else "",
+        _natural(parameters, "sequence", owner) if "sequence" in parameters else None,
+        timeout,
+        generation,
+    )
 
 
-def parameters_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``parameters`` of a request or a tensor, which may be missing.
+def parse_region(body: bytes) -> RegionRequest:
+    """The request to register a region that a message is: ``{"key": "/name", "offset": 0, "byte_size": 1024}``.
 
-    :raises ProtocolError: if they are no object
+    :raises ProtocolError: with what is wrong
     """
+    content, owner = _json_object(body), "the region"
+    return RegionRequest(
+        _text(content, "key", owner), _natural(content, "offset", owner, 0), _natural(content, "byte_size", owner)
+    )
+
+
+def _outputs(entries: Any, binary: bool, labels: Collection[str]) -> list[Output]:
+    if entries is None:
+        return [Output(name, binary, None) for name in sorted(labels)]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ProtocolError("outputs must be a list of objects")
+    outputs: dict[str, Output] = {}
+    for entry in entries:
+        name, parameters = entry.get("name"), _parameters(entry)
+        if not isinstance(name, str) or name not in labels:
+            raise ProtocolError(f"output {str(name)[:50]!r} is unknown; the teacher gives {', '.join(sorted(labels))}")
+        if name in outputs:
+            raise ProtocolError(f"output {name!r} is asked for twice")
+        owner = f"output {name!r}"
+        shared = any(key.startswith("shared_memory_") for key in parameters)
+        place = _place(parameters, owner) if shared else None
+        outputs[name] = Output(name, _flag(parameters, "binary_data", owner, binary), place)
+    return list(outputs.values())
+
+
+def _json_object(content: bytes | memoryview) -> dict[str, Any]:
+    try:
+        found = json.loads(bytes(content), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the message is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ProtocolError(f"the message must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parameters(entry: Mapping[str, Any]) -> dict[str, Any]:
     parameters = entry.get("parameters", {})
     if not isinstance(parameters, dict):
         raise ProtocolError("parameters must be an object")
     return parameters
 
 
-def whole_number(parameters: Mapping[str, Any], key: str, owner: str, default: int | None = None) -> int:
-    """A number >= 0 among parameters.
+def _place(parameters: Mapping[str, Any], owner: str) -> Place:
+    return Place(
+        _text(parameters, "shared_memory_region", owner),
+        _natural(parameters, "shared_memory_offset", owner, 0),
+        _natural(parameters, "shared_memory_byte_size", owner),
+    )
 
-    :raises ProtocolError: if it is missing without a default, or something else
-    """
-    value = parameters.get(key, default)
+
+def _text(fields: Mapping[str, Any], key: str, owner: str) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ProtocolError(f"{owner}: {key} must be a string of at most {MAX_TEXT} characters")
+    return value
+
+
+def _natural(fields: Mapping[str, Any], key: str, owner: str, default: int | None = None) -> int:
+    value = fields.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         raise ProtocolError(f"{owner}: {key} must be a whole number >= 0, got {str(value)[:50]!r}")
     return value
 
 
-def flag(parameters: Mapping[str, Any], key: str, owner: str, default: bool = False) -> bool:
-    """True or false among parameters.
-
-    :raises ProtocolError: if it is something else
-    """
-    value = parameters.get(key, default)
+def _flag(fields: Mapping[str, Any], key: str, owner: str, default: bool) -> bool:
+    value = fields.get(key, default)
     if not isinstance(value, bool):
         raise ProtocolError(f"{owner}: {key} must be true or false, got {str(value)[:50]!r}")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")

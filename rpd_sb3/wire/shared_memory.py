@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.wire.messages import SharedTensor
+from rpd_sb3.wire.messages import Place, SharedTensor
 from rpd_sb3.wire.tensors import datatype_of, to_bytes
 
 FOLDER = Path("/dev/shm")
@@ -63,7 +63,7 @@ class Region:
 
 
 def create(byte_size: int) -> tuple[str, Region]:
-    """Make a region of a name that nobody else has; only this user may open it.
+    """Make a region under a new name; only this user may open it.
 
     :return: its key, and the region
     :raises SharedMemoryError: if there is no shared memory, or not enough
@@ -97,7 +97,7 @@ def _new_object() -> tuple[str, int]:
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink:
             return key, fd
-        os.close(fd)  # somebody's sweep() came between these lines
+        os.close(fd)  # the sweep() of another process came between these lines
 
 
 def attach(key: str, offset: int, byte_size: int) -> Region:
@@ -109,7 +109,7 @@ def attach(key: str, offset: int, byte_size: int) -> Region:
     :raises SharedMemoryError: if there is none, it is shorter than that, or another user's
     """
     if not _KEY.match(key):
-        raise SharedMemoryError(f"{key[:50]!r} is no name of a shared memory object")
+        raise SharedMemoryError(f"{key[:50]!r} is not a name of a shared memory object")
     try:
         fd = os.open(FOLDER / key.lstrip("/"), os.O_RDWR | os.O_NOFOLLOW)
     except OSError as error:
@@ -161,7 +161,7 @@ def maker_is_gone(key: str, region: Region) -> bool:
 
 
 def _lock(fd: int) -> bool:
-    """True if nobody had locked the object."""
+    """Lock the object; False if another process has."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -180,7 +180,7 @@ class Slot(NamedTuple):
         return self.ring.region.array(self.offset, (1,), GENERATION)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, dict[str, SharedTensor], dict[str, np.ndarray]]:
-        """Copy a query into the slot; whoever still reads the old one will notice.
+        """Copy a query into the slot; a reader of the old one notices by the generation.
 
         :return: the new generation, where each tensor lies, and arrays over them
         """
@@ -192,7 +192,8 @@ class Slot(NamedTuple):
                 content = np.frombuffer(to_bytes(array), np.uint8)
             else:
                 content = array
-            tensors[name] = SharedTensor(self.ring.name, at, content.nbytes, datatype_of(array), array.shape)
+            place = Place(self.ring.name, at, content.nbytes)
+            tensors[name] = SharedTensor(place, datatype_of(array), array.shape)
             view = self.ring.region.array(at, content.shape, content.dtype)
             np.copyto(view, content)
             views[name] = array if content is not array else view
@@ -234,7 +235,7 @@ def padded(n: int) -> int:
 
 
 def check_generation(region: Region, offset: int, generation: int) -> None:
-    """Make sure that a slot still holds the query that was announced.
+    """Check that a slot still holds the query that was announced.
 
     :raises StaleGeneration: if it does not
     """

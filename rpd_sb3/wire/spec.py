@@ -33,7 +33,6 @@ def metadata(spec: TeacherSpec, name: str, version: str, **extra: Any) -> dict[s
     ]
     return {
         "name": name,
-        "versions": ["1"],
         "platform": "rpd_sb3",
         "inputs": [_tensor(key, spec) for key in spec.inputs] + optional,
         "outputs": [_output(key, spec) for key in sorted(spec.labels)],
@@ -129,7 +128,7 @@ def space_from_json(content: Mapping[str, Any]) -> spaces.Space:
 def _tensor(name: str, spec: TeacherSpec) -> dict[str, Any]:
     shape = list(spec.input_shapes.get(name, [-1]))
     if name.startswith("images."):
-        size = spec.image_sizes.get(name[len("images.") :], (-1, -1))
+        size = spec.image_sizes.get(name.removeprefix("images."), (-1, -1))
         return {"name": name, "datatype": "UINT8", "shape": [-1, *size, 3]}
     if name == "instruction":
         return {"name": name, "datatype": "BYTES", "shape": [-1]}

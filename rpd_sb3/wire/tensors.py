@@ -29,6 +29,8 @@ DATATYPES = {
     "BYTES": np.dtype(object),
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+MAX_STRING = 4096
+"""Bytes of one element of a BYTES tensor: an instruction is a sentence."""
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**40
 
@@ -70,25 +72,27 @@ def from_bytes(data: bytes | memoryview, datatype: str, shape: Sequence[int], na
         return np.frombuffer(data, dtype).reshape(shape)
     items: list[bytes] = []
     at = 0
-    while at < len(data) and len(items) < size:
-        if at + 4 > len(data):
-            break
+    while at + 4 <= len(data) and len(items) < size:
         (length,) = struct.unpack_from("<I", data, at)
-        if at + 4 + length > len(data):
-            break
+        _check_length(length, name)
         items.append(bytes(data[at + 4 : at + 4 + length]))
         at += 4 + length
     if len(items) != size or at != len(data):
         raise ProtocolError(f"tensor {name!r}: {len(data)} bytes do not hold {size} length-prefixed BYTES")
-    array = np.empty(size, object)
+    return as_objects(items).reshape(shape)
+
+
+def as_objects(items: Sequence[Any]) -> np.ndarray:
+    """An array (N,) of these objects; an array of NumPy's own strings would hold N times the longest."""
+    array = np.empty(len(items), object)
     array[:] = items
-    return array.reshape(shape)
+    return array
 
 
 def to_json(array: np.ndarray, name: str) -> list[Any]:
     """The elements, flattened.
 
-    :raises ProtocolError: for FP16 and numbers that are not finite, which JSON does not have, and BYTES that are no UTF-8
+    :raises ProtocolError: for FP16 and numbers that are not finite, which JSON does not have, and BYTES that are not UTF-8
     """
     datatype = datatype_of(array)
     if datatype == "FP16":
@@ -117,16 +121,16 @@ def from_json(data: Any, datatype: str, shape: Sequence[int], name: str) -> np.n
     kinds: tuple[type, ...] = (str,) if datatype == "BYTES" else (bool,) if datatype == "BOOL" else (int, float)
     for item in items:
         if not isinstance(item, kinds) or (isinstance(item, bool) and datatype != "BOOL"):
-            raise ProtocolError(f"tensor {name!r}: {str(item)[:50]!r} is no {datatype}")
+            raise ProtocolError(f"tensor {name!r}: {str(item)[:50]!r} is not {datatype}")
         if dtype.kind in "iu" and not isinstance(item, int):
-            raise ProtocolError(f"tensor {name!r}: {item} is no {datatype}")
+            raise ProtocolError(f"tensor {name!r}: {item} is not {datatype}")
     if datatype == "BYTES":
-        array = np.empty(size, object)
         try:
-            array[:] = [item.encode() for item in items]
+            strings = [item.encode() for item in items]
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ProtocolError(f"tensor {name!r} is no Unicode text: {error.reason}") from error
-        return array.reshape(shape)
+            raise ProtocolError(f"tensor {name!r} is not Unicode text: {error.reason}") from error
+        _check_length(max(map(len, strings), default=0), name)
+        return as_objects(strings).reshape(shape)
     try:
         if dtype.kind in "iu":
             limits = np.iinfo(dtype)
@@ -155,6 +159,11 @@ def check_header(datatype: Any, shape: Any, name: str) -> tuple[np.dtype, int]:
     if not whole or min(shape, default=0) < 0 or len(shape) > MAX_DIMS or math.prod(filter(None, shape)) > MAX_ELEMENTS:
         raise ProtocolError(f"tensor {name!r}: shape {str(shape)[:100]} must be at most {MAX_DIMS} whole numbers >= 0")
     return DATATYPES[datatype], math.prod(shape)
+
+
+def _check_length(length: int, name: str) -> None:
+    if length > MAX_STRING:
+        raise ProtocolError(f"tensor {name!r}: an element of {length} bytes; at most {MAX_STRING} are taken")
 
 
 def _flatten(data: list[Any], shape: Sequence[int], size: int, name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Addresses of policy servers. Standard library only: the doctor reads them too."""
+"""Addresses of policy servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def openpi_url(address: str) -> str:
     :raises ValueError: if it is something else
     """
     has_scheme = "://" in address
-    message = f"openpi server {address!r} is no address; expected e.g. gpu-box:8000 or ws://gpu-box:8000"
+    message = f"openpi server {address!r} is not an address; expected e.g. gpu-box:8000 or ws://gpu-box:8000"
     try:
         parts = urlsplit(address if has_scheme else f"ws://{address}")
         port = parts.port

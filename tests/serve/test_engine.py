@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rpd_sb3.serve import engine as engine_module
-from rpd_sb3.serve.batch import Job, Unanswerable, fit
+from rpd_sb3.serve.batch import PendingQuery, Unanswerable, fits
 from rpd_sb3.serve.engine import Busy, Engine
 from rpd_sb3.serve.memory import ClientMemory, OutOfStep
 from rpd_sb3.serve.metrics import Metrics
@@ -29,7 +28,7 @@ FOREVER = 60.0
 @contextmanager
 def running(load: Callable[[], Teacher], **kwargs: Any) -> Iterator[Engine]:
     """An engine that has loaded its teacher."""
-    engine = Engine(load, Metrics("teacher"), **kwargs)
+    engine = Engine(load, Metrics(), **kwargs)
     engine.start()
     try:
         wait_for(lambda: engine.ready)
@@ -38,14 +37,25 @@ def running(load: Callable[[], Teacher], **kwargs: Any) -> Iterator[Engine]:
         engine.close()
 
 
-def job(n: int = 1, client: str = "", env_ids: Sequence[int] | None = None, start: bool = True, **kwargs: Any) -> Job:
+def query(n: int = 1, env_ids: Sequence[int] | None = None, start: bool = True, actions: Any = None) -> Query:
     ids = np.arange(n) if env_ids is None else np.array(env_ids)
-    return Job({"state": states(len(ids))}, len(ids), ids, np.full(len(ids), start), client=client, **kwargs)
+    return Query({"state": states(len(ids))}, ids, np.full(len(ids), start), actions)
+
+
+def pending(
+    n: int = 1,
+    client: str = "",
+    env_ids: Sequence[int] | None = None,
+    start: bool = True,
+    actions: Any = None,
+    **kwargs: Any,
+) -> PendingQuery:
+    return PendingQuery(query(n, env_ids, start, actions), client, **kwargs)
 
 
 def counts(engine: Engine, client: str, env_ids: Sequence[int], start: bool, sequence: int | None = None) -> list[int]:
     """What a CountingTeacher counts: queries so far in the episode of each environment."""
-    answer = engine.submit(job(client=client, env_ids=env_ids, start=start, sequence=sequence)).result(FOREVER)
+    answer = engine.submit(pending(client=client, env_ids=env_ids, start=start, sequence=sequence)).result(FOREVER)
     return answer["action"][:, 0].astype(int).tolist()
 
 
@@ -55,9 +65,9 @@ def counts(engine: Engine, client: str, env_ids: Sequence[int], start: bool, seq
 def test_queries_that_came_while_the_teacher_worked_are_one_batch() -> None:
     teacher = HeldTeacher()
     with running(lambda: teacher) as engine:
-        first = engine.submit(job(2, "a"))
+        first = engine.submit(pending(2, "a"))
         wait_for(lambda: teacher.entered == 1)
-        others = [engine.submit(job(n, name)) for n, name in ((1, "b"), (3, "c"), (2, "d"))]
+        others = [engine.submit(pending(n, name)) for n, name in ((1, "b"), (3, "c"), (2, "d"))]
         teacher.go.set()
         for n, answer in zip((2, 1, 3, 2), (first, *others)):
             np.testing.assert_array_equal(answer.result(FOREVER)["action"], states(n)[:, 1:3])
@@ -68,10 +78,10 @@ def test_batch_waits_for_every_client_that_was_active(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine_module, "RECENT", FOREVER)
     teacher = EchoTeacher()
     with running(lambda: teacher, max_wait=FOREVER) as engine:
-        engine.submit(job(client="a")).result(FOREVER)
-        second = engine.submit(job(client="b"))
+        engine.submit(pending(client="a")).result(FOREVER)
+        second = engine.submit(pending(client="b"))
         assert not second.done(), "a was active, so b waits for it"
-        engine.submit(job(client="a")).result(FOREVER)
+        engine.submit(pending(client="a")).result(FOREVER)
         assert second.done()
         assert [len(query.env_ids) for query in teacher.queries] == [1, 2]
 
@@ -79,37 +89,37 @@ def test_batch_waits_for_every_client_that_was_active(monkeypatch: pytest.Monkey
 def test_batch_waits_for_nobody_who_was_not_active_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RECENT", 0.0)
     with running(EchoTeacher, max_wait=FOREVER) as engine:
-        engine.submit(job(client="a")).result(FOREVER / 2)
-        engine.submit(job(client="b")).result(FOREVER / 2)
+        engine.submit(pending(client="a")).result(FOREVER / 2)
+        engine.submit(pending(client="b")).result(FOREVER / 2)
 
 
 def test_batch_waits_no_longer_than_max_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RECENT", FOREVER)
     with running(EchoTeacher, max_wait=0.05) as engine:
-        engine.submit(job(client="a")).result(FOREVER)
+        engine.submit(pending(client="a")).result(FOREVER)
         started = time.monotonic()
-        engine.submit(job(client="b")).result(FOREVER / 2)
+        engine.submit(pending(client="b")).result(FOREVER / 2)
         assert time.monotonic() - started >= 0.05
 
 
 def test_full_batch_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RECENT", FOREVER)
     with running(EchoTeacher, max_wait=FOREVER, max_batch=4) as engine:
-        engine.submit(job(4, "a")).result(FOREVER / 2)
-        engine.submit(job(4, "b")).result(FOREVER / 2)
+        engine.submit(pending(4, "a")).result(FOREVER / 2)
+        engine.submit(pending(4, "b")).result(FOREVER / 2)
 
 
 def test_lone_client_waits_for_nobody() -> None:
     with running(EchoTeacher, max_wait=FOREVER) as engine:
         for _ in range(3):
-            engine.submit(job(client="a")).result(FOREVER / 2)
+            engine.submit(pending(client="a")).result(FOREVER / 2)
 
 
 def test_query_larger_than_a_batch_is_split_and_put_together() -> None:
     teacher = EchoTeacher()
     with running(lambda: teacher, max_batch=4) as engine:
         actions = np.arange(18).reshape(9, 2)
-        answer = engine.submit(job(9, actions=actions)).result(FOREVER)
+        answer = engine.submit(pending(9, actions=actions)).result(FOREVER)
         np.testing.assert_array_equal(answer["action"], states(9)[:, 1:3])
     assert [len(query.env_ids) for query in teacher.queries] == [4, 4, 1]
     assert np.concatenate([query.env_ids for query in teacher.queries]).tolist() == list(range(9))
@@ -119,9 +129,9 @@ def test_query_larger_than_a_batch_is_split_and_put_together() -> None:
 def test_batch_has_no_more_rows_than_max_batch() -> None:
     teacher = HeldTeacher()
     with running(lambda: teacher, max_batch=4) as engine:
-        first = engine.submit(job(1, "a"))
+        first = engine.submit(pending(1, "a"))
         wait_for(lambda: teacher.entered == 1)
-        answers = [engine.submit(job(n, str(n))) for n in (3, 2, 2, 1)]
+        answers = [engine.submit(pending(n, str(n))) for n in (3, 2, 2, 1)]
         teacher.go.set()
         for answer in (first, *answers):
             answer.result(FOREVER)
@@ -129,28 +139,28 @@ def test_batch_has_no_more_rows_than_max_batch() -> None:
 
 
 def test_queries_of_the_same_form_fit() -> None:
-    assert fit(job(2), job(3, "b"))
+    assert fits(query(2), query(3))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(job(2), inputs={"state": states(2, 5)}),
-        replace(job(2), inputs={"state": states(2).astype(int)}),
-        job(2, actions=np.ones((2, 2), np.float32)),
+        query(2)._replace(inputs={"state": states(2, 5)}),
+        query(2)._replace(inputs={"state": states(2).astype(int)}),
+        query(2, actions=np.ones((2, 2), np.float32)),
     ],
     ids=["shape", "kind", "actions"],
 )
-def test_queries_of_another_form_do_not_fit(other: Job) -> None:
-    assert not fit(job(2), other)
+def test_queries_of_another_form_do_not_fit(other: Query) -> None:
+    assert not fits(query(2), other)
 
 
 def test_actions_of_one_query_are_not_lost_next_to_one_without() -> None:
     teacher, actions = HeldTeacher(), np.ones((2, 2), np.float32)
     with running(lambda: teacher) as engine:
-        answers = [engine.submit(job())]
+        answers = [engine.submit(pending())]
         wait_for(lambda: teacher.entered == 1)
-        answers += [engine.submit(job(2)), engine.submit(job(2, actions=actions))]
+        answers += [engine.submit(pending(2)), engine.submit(pending(2, actions=actions))]
         teacher.go.set()
         for answer in answers:
             answer.result(FOREVER)
@@ -166,10 +176,9 @@ def test_answers_do_not_change_when_the_teacher_uses_its_array_again() -> None:
         return buffer
 
     with running(lambda: EchoTeacher(answer)) as engine:
-        first = engine.submit(job()).result(FOREVER)["action"]
-        other = job()
-        other.inputs = {"state": states(2)[1:]}
-        engine.submit(other).result(FOREVER)
+        first = engine.submit(pending()).result(FOREVER)["action"]
+        other = query()._replace(inputs={"state": states(2)[1:]})
+        engine.submit(PendingQuery(other)).result(FOREVER)
         np.testing.assert_array_equal(first, states(1)[:, 1:3])
 
 
@@ -182,7 +191,7 @@ class ChattyTeacher(EchoTeacher):
 
 def test_labels_that_were_not_promised_are_dropped() -> None:
     with running(ChattyTeacher) as engine:
-        assert list(engine.submit(job(2)).result(FOREVER)) == ["action"]
+        assert list(engine.submit(pending(2)).result(FOREVER)) == ["action"]
 
 
 # ---- failures
@@ -198,9 +207,9 @@ def test_bad_query_does_not_cost_the_others_their_answers() -> None:
         return result
 
     with running(lambda: EchoTeacher(answer)) as engine:
-        first = engine.submit(job())
+        first = engine.submit(pending())
         wait_for(lambda: held.entered == 1)
-        good, bad, also = (engine.submit(job(env_ids=ids)) for ids in ([1, 2], [3, 13], [5]))
+        good, bad, also = (engine.submit(pending(env_ids=ids)) for ids in ([1, 2], [3, 13], [5]))
         held.go.set()
         for n, future in ((1, first), (2, good), (1, also)):
             np.testing.assert_array_equal(future.result(FOREVER)["action"], states(n)[:, 1:3])
@@ -215,9 +224,9 @@ def test_answer_that_is_not_finite_costs_only_its_query() -> None:
         return np.where((query.env_ids == 13)[:, None], np.nan, held._hold(query))
 
     with running(lambda: EchoTeacher(answer)) as engine:
-        first = engine.submit(job())
+        first = engine.submit(pending())
         wait_for(lambda: held.entered == 1)
-        good, bad = (engine.submit(job(env_ids=ids)) for ids in ([1, 2], [3, 13]))
+        good, bad = (engine.submit(pending(env_ids=ids)) for ids in ([1, 2], [3, 13]))
         held.go.set()
         for future in (first, good):
             future.result(FOREVER)
@@ -232,19 +241,19 @@ def test_query_that_was_overwritten_while_it_waited_is_not_asked() -> None:
         raise StaleGeneration("overwritten")
 
     with running(lambda: teacher) as engine, pytest.raises(StaleGeneration, match="overwritten"):
-        engine.submit(job(still_valid=stale)).result(FOREVER)
+        engine.submit(pending(still_valid=stale)).result(FOREVER)
     assert teacher.queries == []
 
 
 def test_closing_answers_what_was_accepted_and_refuses_the_rest() -> None:
     teacher = HeldTeacher()
     with running(lambda: teacher) as engine:
-        answers = [engine.submit(job(client=str(i))) for i in range(2)]
+        answers = [engine.submit(pending(client=str(i))) for i in range(2)]
         wait_for(lambda: teacher.entered == 1)
-        answers.append(engine.submit(job(client="2")))
+        answers.append(engine.submit(pending(client="2")))
         engine.close(timeout=0.0)
         with pytest.raises(Busy, match="is shutting down"):
-            engine.submit(job())
+            engine.submit(pending())
         teacher.go.set()
         for answer in answers:
             answer.result(FOREVER)
@@ -253,7 +262,7 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest() -> None:
 
 def test_closing_does_not_wait_for_a_teacher_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    engine = Engine(lambda: (go.wait(FOREVER), EchoTeacher())[1], Metrics("teacher"))
+    engine = Engine(lambda: (go.wait(FOREVER), EchoTeacher())[1], Metrics())
     engine.start()
     monkeypatch.setattr(engine._thread, "join", lambda timeout: pytest.fail("it waited"))
     engine.close()
@@ -278,9 +287,9 @@ def test_queries_in_line_fail_with_the_engine() -> None:
         raise SystemExit
 
     with running(lambda: EchoTeacher(leave)) as engine:
-        answers = [engine.submit(job())]
+        answers = [engine.submit(pending())]
         wait_for(lambda: held.entered == 1)
-        answers.append(engine.submit(job()))
+        answers.append(engine.submit(pending()))
         held.go.set()
         for answer in answers:
             with pytest.raises(Busy, match="the teacher failed: SystemExit"):
@@ -303,7 +312,9 @@ def test_clients_of_a_teacher_with_a_memory_share_no_slot() -> None:
         for step in range(3):
             for client, env_ids in (("a", [0, 1]), ("b", [0, 1, 2]), ("a", [2])):
                 assert counts(engine, client, env_ids, start=step == 0) == [step + 1] * len(env_ids)
-        slots = {int(slot) for client in "ab" for slot in engine.submit(job(3, client)).result(FOREVER)["action"][:, 1]}
+        slots = {
+            int(slot) for client in "ab" for slot in engine.submit(pending(3, client)).result(FOREVER)["action"][:, 1]
+        }
     assert len(slots) == 6
 
 
@@ -311,9 +322,9 @@ def test_clients_of_a_teacher_with_a_memory_share_batches() -> None:
     entered, go = threading.Event(), threading.Event()
     teacher = CountingTeacher(lambda query: (entered.set(), go.wait(FOREVER)))
     with running(lambda: teacher) as engine:
-        answers = [engine.submit(job(2, "a"))]
+        answers = [engine.submit(pending(2, "a"))]
         entered.wait(FOREVER)
-        answers += [engine.submit(job(2, client)) for client in "bc"]
+        answers += [engine.submit(pending(2, client)) for client in "bc"]
         go.set()
         for answer in answers:
             answer.result(FOREVER)
@@ -324,10 +335,10 @@ def test_queries_of_one_environment_are_answered_one_after_the_other() -> None:
     entered, go = threading.Event(), threading.Event()
     teacher = CountingTeacher(lambda query: (entered.set(), go.wait(FOREVER)))
     with running(lambda: teacher) as engine:
-        answers = [engine.submit(job(client="a", env_ids=[0]))]
+        answers = [engine.submit(pending(client="a", env_ids=[0]))]
         entered.wait(FOREVER)
         answers += [
-            engine.submit(job(client="a", env_ids=ids, start=start))
+            engine.submit(pending(client="a", env_ids=ids, start=start))
             for ids, start in (([0, 1], True), ([1], False), ([0], False))
         ]
         go.set()
@@ -340,9 +351,9 @@ def test_repeated_query_gets_the_answer_that_is_still_to_come() -> None:
     entered, go = threading.Event(), threading.Event()
     teacher = CountingTeacher(lambda query: (entered.set(), go.wait(FOREVER)))
     with running(lambda: teacher) as engine:
-        first = engine.submit(job(client="a", sequence=0))
+        first = engine.submit(pending(client="a", sequence=0))
         entered.wait(FOREVER)
-        assert engine.submit(job(client="a", sequence=0)) is first
+        assert engine.submit(pending(client="a", sequence=0)) is first
         go.set()
         first.result(FOREVER)
     assert len(teacher.queries) == 1
@@ -366,7 +377,7 @@ def put_off(engine: Engine, client: str, env_ids: Sequence[int], start: bool, se
     """A query whose deadline has passed when its turn comes."""
     with pytest.raises(Busy, match="deadline passed"):
         engine.submit(
-            job(client=client, env_ids=env_ids, start=start, sequence=sequence, deadline=time.monotonic() - 1)
+            pending(client=client, env_ids=env_ids, start=start, sequence=sequence, deadline=time.monotonic() - 1)
         ).result(FOREVER)
 
 
@@ -404,11 +415,11 @@ def test_query_refused_by_a_full_queue_is_missed_too() -> None:
     entered, go = threading.Event(), threading.Event()
     teacher = CountingTeacher(lambda query: (entered.set(), go.wait(FOREVER)))
     with running(lambda: teacher, queue_size=1) as engine:
-        answers = [engine.submit(job(client="a", sequence=0))]
+        answers = [engine.submit(pending(client="a", sequence=0))]
         entered.wait(FOREVER)
-        answers.append(engine.submit(job(client="b")))
+        answers.append(engine.submit(pending(client="b")))
         with pytest.raises(Busy, match="the queue is full: 1 queries wait"):
-            engine.submit(job(client="a", start=False, sequence=1))
+            engine.submit(pending(client="a", start=False, sequence=1))
         go.set()
         for answer in answers:
             answer.result(FOREVER)
@@ -447,7 +458,7 @@ def test_environment_may_be_named_once_in_a_query() -> None:
         running(CountingTeacher) as engine,
         pytest.raises(OutOfStep, match="a query may name an environment only once"),
     ):
-        engine.submit(job(client="a", env_ids=[3, 3]))
+        engine.submit(pending(client="a", env_ids=[3, 3]))
 
 
 def test_slots_of_clients_that_went_silent_are_given_away() -> None:

@@ -34,7 +34,7 @@ MAX_GROWTH = 4.0
 """MiB that the service may grow after its first requests: buffers of Python's and the C library's allocators."""
 WARM = 300
 """Requests before memory is measured for the first time."""
-SERVE = "import sys; sys.modules['{without}'] = None; from rpd_sb3.serve import main; sys.exit(main())"
+SERVE = "import sys; sys.modules['{without}'] = None; from rpd_sb3.serve.__main__ import main; sys.exit(main())"
 
 ARRAYS = {
     "images.base": np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3),
@@ -76,7 +76,10 @@ def right_requests() -> list[tuple[dict[str, Any], bytes]]:
     unlink(ring.key)
     generation, tensors, _ = ring.free[0].write(ARRAYS)
     place = {"shared_memory_generation": generation, "shared_memory_generation_offset": 0}
-    entries = [describe_shared(name, tensor._replace(region="ring")) for name, tensor in tensors.items()]
+    entries = [
+        describe_shared(name, tensor._replace(place=tensor.place._replace(region="ring")))
+        for name, tensor in tensors.items()
+    ]
     shared = {**PARAMETERS, **place, "shared_memory_generation_region": "ring"}
     messages = [
         build({"id": "1", "parameters": PARAMETERS, "outputs": OUTPUTS}, "inputs", ARRAYS),
@@ -104,7 +107,7 @@ VALUES = st.recursive(
 )
 REGION = f"{MEMORY}/region/ring"
 ROUTES = ["/", "/metrics", "/v2", "/v2/", "/v2/health/live", "/v2/health/ready", "/%00", "//", "/v2/%ff"]
-ROUTES += [MODEL, f"{MODEL}/ready", f"{MODEL}/stats", f"{MODEL}/versions/1/infer", "/v2/models/other/infer"]
+ROUTES += [MODEL, f"{MODEL}/ready", "/v2/models/other/infer"]
 ROUTES += [f"{REGION}/register", f"{REGION}/status", f"{REGION}/unregister", f"{MEMORY}/status", f"{MEMORY}/unregister"]
 HEADERS = ["Content-Type", "Content-Encoding", "Authorization", "Accept", "Host", "Connection", "Expect", HEADER_LENGTH]
 
@@ -245,7 +248,7 @@ def fuzz(n: int, stateful: bool, without: str) -> Found:
     """Send ``n`` requests, others for each kind of service, and count what came back.
 
     :param stateful: a teacher with a memory
-    :param without: the module of an HTTP parser that uvicorn shall not find, so that it takes the other one
+    :param without: the module of an HTTP parser that uvicorn cannot find, so that it takes the other one
     """
     codes: Counter[int] = Counter()
     memory: list[float] = []

@@ -1,33 +1,24 @@
-"""What the service's status page says, and how it looks in a browser of the machine."""
+"""What the service's status page says."""
 
 from __future__ import annotations
 
 import html
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import requests
 
-from rpd_sb3.serve.batch import Job
+from rpd_sb3.serve.batch import PendingQuery
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
 from rpd_sb3.serve.page import _duration, status_page
-from rpd_sb3.teachers import Teacher
+from rpd_sb3.teachers import Query, Teacher
 from tests.support.helpers import EchoTeacher
 from tests.support.serving_helpers import serving, states
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-BROWSER_TIMEOUT = 60.0
-PHONE = 390
-"""Width in CSS pixels."""
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path: apt-get install chromium")
 
 
 def named(name: str) -> EchoTeacher:
@@ -42,15 +33,15 @@ def failing() -> Teacher:
 
 def started(load: Callable[[], Teacher]) -> Engine:
     """An engine whose teacher has been loaded, or has failed to."""
-    engine = Engine(load, Metrics("teacher"))
+    engine = Engine(load, Metrics())
     engine.start()
     if load is failing:
         assert engine.finished.wait(10)
     else:
-        job = Job({"state": states(4)}, 4, np.arange(4), np.zeros(4, bool))
+        query = Query({"state": states(4)}, np.arange(4), np.zeros(4, bool))
         while engine.spec is None:
             assert not engine.finished.wait(0.01)
-        engine.submit(job).result(10)
+        engine.submit(PendingQuery(query)).result(10)
     return engine
 
 
@@ -63,17 +54,8 @@ def table(page: str) -> dict[str, str]:
     return {html.unescape(key): html.unescape(value) for key, value in rows}
 
 
-def chromium(tmp_path: Path, url: str) -> str:
-    """The page as the browser has understood it, after its scripts."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=BROWSER_TIMEOUT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_loading_teacher_has_a_heading_and_no_numbers() -> None:
-    page = status_page(Engine(EchoTeacher, Metrics("teacher")), "teacher", "1.2.3")
+    page = status_page(Engine(EchoTeacher, Metrics()), "teacher", "1.2.3")
     assert heading(page) == "teacher is loading"
     assert table(page) == {}
     assert "rpd_sb3 1.2.3" in page
@@ -114,6 +96,34 @@ def test_everything_is_escaped() -> None:
     assert not re.search(r"<script|<b>|<u>", page)
 
 
+class Tags(HTMLParser):
+    """Checks that every tag is closed in its turn."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("load", [failing, lambda: named("<" * 200)], ids=["failed", "ready"])
+def test_the_page_is_well_formed_and_fits_a_phone(load: Callable[[], Teacher]) -> None:
+    engine = started(load)
+    page = status_page(engine, "teacher" * 20, "1.2.3")
+    engine.close()
+    Tags(page)
+    assert 'name="viewport" content="width=device-width' in page
+    assert "overflow-wrap:anywhere" in page, "long names must not stick out"
+
+
 def test_nothing_is_loaded_from_elsewhere() -> None:
     engine = started(EchoTeacher)
     page = status_page(engine, "teacher", "1.2.3")
@@ -127,25 +137,3 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert _duration(seconds) == text
-
-
-@needs_browser
-def test_a_browser_shows_the_name_of_the_teacher(tmp_path: Path) -> None:
-    with serving(lambda: named("<my> teacher")) as service:
-        dom = chromium(tmp_path, service.url)
-    assert heading(dom) == "teacher is ready"
-    assert "<td>&lt;my&gt; teacher</td>" in dom
-
-
-@needs_browser
-@pytest.mark.parametrize("load", [failing, lambda: named("x" * 200)], ids=["failed", "ready"])
-def test_nothing_sticks_out_of_a_phone(load: Callable[[], Teacher], tmp_path: Path) -> None:
-    engine = started(load)
-    page = status_page(engine, "teacher" * 20, "1.2.3")
-    engine.close()
-    # A window of the browser has a least width, a frame has not. Same origin, so that the script may look into it.
-    measure = "document.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
-    frame = f'<iframe style="width:{PHONE}px;height:4000px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-    (tmp_path / "frame.html").write_text(f'<title>none</title><body onload="{measure}">{frame}</body>')
-    dom = chromium(tmp_path, f"file://{tmp_path / 'frame.html'}")
-    assert re.findall(r"<title>(.*?)</title>", dom)[0] == str(PHONE)

@@ -1,8 +1,7 @@
-"""The teacher service over HTTP: every route, every refusal with its reason, and what disturbs nobody."""
+"""The teacher service over HTTP: every route, every refusal with its reason, and clients that vanish."""
 
 from __future__ import annotations
 
-import ast
 import base64
 import json
 import os
@@ -11,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,11 +24,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rpd_sb3 import __version__
 from rpd_sb3.serve import __main__ as serve
+from rpd_sb3.serve.address import bind
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
-from rpd_sb3.wire.messages import build
-from tests.support import ROOT
+from rpd_sb3.serve.regions import Regions
+from rpd_sb3.serve.requests import read_request
+from rpd_sb3.teachers.registry import TEACHERS
+from rpd_sb3.wire.messages import HEADER_LENGTH, build
+from rpd_sb3.wire.tensors import MAX_STRING
 from tests.support.helpers import EchoTeacher
 from tests.support.raw_client import INFER, CountingTeacher, HeldTeacher, ask, connect, infer, labels, post, raw_request
 from tests.support.serving_helpers import free_port, serving, serving_process, states, wait_for
@@ -75,39 +79,21 @@ def test_server_metadata_names_the_extensions(echo: str) -> None:
     assert get(f"{echo}/v2").json() == {
         "name": "rpd_sb3",
         "version": __version__,
-        "extensions": ["binary_tensor_data", "system_shared_memory", "statistics"],
+        "extensions": ["binary_tensor_data", "system_shared_memory"],
     }
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/v2/health/live", "/v2/health/ready", "/v2/models/teacher/ready", "/v2/models/teacher/versions/1/ready"],
-)
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v2/models/teacher/ready"])
 def test_health_of_a_loaded_teacher(echo: str, path: str) -> None:
     assert get(echo + path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v2/models/teacher", "/v2/models/teacher/versions/1"])
-def test_model_metadata_holds_inputs_and_spec(echo: str, path: str) -> None:
-    content = get(echo + path).json()
+def test_model_metadata_holds_inputs_and_spec(echo: str) -> None:
+    content = get(f"{echo}/v2/models/teacher").json()
     assert content["name"] == "teacher"
-    assert content["versions"] == ["1"]
     assert content["inputs"][0] == {"name": "state", "datatype": "FP32", "shape": [-1, -1]}
     assert content["outputs"] == [{"name": "action", "datatype": "FP32", "shape": [-1, 2]}]
     assert content["parameters"]["spec"]["name"] == "echo"
-
-
-def test_statistics_count_rows_batches_and_requests() -> None:
-    with serving() as service:
-        infer(service.url)
-        infer(service.url, {"state": states(5)})
-        infer(service.url, {})
-        for path in ("/v2/models/teacher/stats", "/v2/models/stats", "/v2/models/teacher/versions/1/stats"):
-            (stats,) = get(service.url + path).json()["model_stats"]
-            assert (stats["inference_count"], stats["execution_count"]) == (7, 2)
-            assert stats["inference_stats"]["success"]["count"] == 2
-            assert stats["inference_stats"]["fail"]["count"] == 1
-            assert [entry["batch_size"] for entry in stats["batch_stats"]] == [2, 5]
 
 
 def test_prometheus_counts_requests_by_status_and_rows_by_batch() -> None:
@@ -124,7 +110,7 @@ def test_prometheus_counts_requests_by_status_and_rows_by_batch() -> None:
     }
     assert found["rpd_sb3_requests_total", "200"] == 2
     assert found["rpd_sb3_requests_total", "400"] == 1
-    assert found["rpd_sb3_request_seconds_count",] == 3
+    assert found["rpd_sb3_request_seconds_count",] == 2, "answered"
     assert found["rpd_sb3_batch_size_sum",] == 7
     assert found["rpd_sb3_queue_length",] == 0
 
@@ -142,16 +128,9 @@ def test_json_answer_is_the_teachers(echo: str) -> None:
     assert response.headers["Content-Type"] == "application/json"
     assert response.json() == {
         "model_name": "teacher",
-        "model_version": "1",
         "id": "q7",
         "outputs": [{"name": "action", "datatype": "FP32", "shape": [1, 2], "data": [2.0, 3.5]}],
     }
-
-
-def test_versioned_path_answers_too(echo: str) -> None:
-    message = build({}, "inputs", {"state": states(1)})
-    path = "/v2/models/teacher/versions/1/infer"
-    assert labels(post(echo, message.body, message.headers, path))["action"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -183,47 +162,30 @@ def test_images_and_text_reach_the_teacher(vision: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [
-        ("GET", "/v2/models/other"),
-        ("GET", "/v2/models/other/ready"),
-        ("GET", "/v2/models/other/stats"),
-        ("POST", "/v2/models/other/infer"),
-        ("GET", "/v2/models/teacher/versions/2"),
-        ("GET", "/v2/models/teacher/versions/2/ready"),
-        ("POST", "/v2/models/teacher/versions/2/infer"),
-    ],
+    [("GET", "/v2/models/other"), ("GET", "/v2/models/other/ready"), ("POST", "/v2/models/other/infer")],
 )
-def test_unknown_model_is_404(echo: str, method: str, path: str) -> None:
+def test_unknown_model_is_404_and_the_right_one_is_named(echo: str, method: str, path: str) -> None:
     response = requests.request(method, echo + path, timeout=30)
     assert response.status_code == 404
-    assert error(response) == "there is no such model here, only 'teacher', version 1"
+    assert "only 'teacher'" in error(response)
+    assert "name:teacher" in error(response)
 
 
-@pytest.mark.parametrize("path", ["/v3", "/v2/models", "/v2/models/teacher/config", "/v2/%00", "/favicon.ico"])
+@pytest.mark.parametrize("path", ["/v3", "/v2/models", "/v2/models/teacher/config", "/v2/%00"])
 def test_unknown_path_is_404(echo: str, path: str) -> None:
     response = get(echo + path)
     assert response.status_code == 404
     assert error(response).endswith(": Not Found")
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", INFER),
-        ("POST", "/v2"),
-        ("PUT", "/metrics"),
-        ("DELETE", "/v2/models/teacher"),
-        ("GET", "/v2/systemsharedmemory/region/r/register"),
-        ("POST", "/v2/systemsharedmemory/status"),
-    ],
-)
+@pytest.mark.parametrize(("method", "path"), [("GET", INFER), ("POST", "/v2")])
 def test_wrong_method_is_405(echo: str, method: str, path: str) -> None:
     response = requests.request(method, echo + path, timeout=30)
     assert response.status_code == 405
     assert error(response) == f"{method} {path}: Method Not Allowed"
 
 
-def test_host_header_that_is_no_host_is_no_crash(echo: str) -> None:
+def test_host_header_that_is_not_a_host_is_not_a_crash(echo: str) -> None:
     response = get(f"{echo}/v3", headers={"Host": "["})
     assert response.status_code in (400, 404)
 
@@ -259,103 +221,88 @@ def state_with(value: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "parameters", "message"),
+    ("arrays", "reason"),
     [
-        ({}, {}, "input 'state' is missing; teacher 'echo' needs state"),
-        ({"state": states(1), "speed": states(1)}, {}, "input 'speed' is unknown; teacher 'echo' takes state, env_id"),
-        ({"state": states(2), "env_id": np.arange(3)}, {}, "the same number of rows, 1 to 4096, got {'state': 2, 'env"),
-        ({"state": states(0)}, {}, "the same number of rows, 1 to 4096, got {'state': 0}"),
-        ({"state": states(4097)}, {}, "the same number of rows, 1 to 4096, got {'state': 4097}"),
-        ({"state": np.float32(1)}, {}, "the same number of rows"),
-        ({"state": states(2).astype(np.int32)}, {}, "input 'state' must be FP16 or FP32 or FP64, got INT32"),
-        ({"state": state_with(np.nan)}, {}, "input 'state', row 1, is not finite as a float32"),
-        ({"state": state_with(-np.inf)}, {}, "input 'state', row 1, is not finite as a float32"),
-        ({"state": np.full((2, 3), 1e300)}, {}, "input 'state', row 0, is not finite as a float32"),
-        ({"state": states(2), "env_id": np.zeros(2)}, {}, "input 'env_id' must be INT64 or INT32, got FP64"),
-        ({"state": states(2), "env_id": np.zeros((2, 1), int)}, {}, "'env_id' must have shape ['N'], got [2, 1]"),
-        ({"state": states(2), "episode_start": np.ones(2, int)}, {}, "'episode_start' must be BOOL, got INT64"),
-        ({"state": states(2), "action_tokens": np.ones(2)}, {}, "'action_tokens' must be INT64 or INT32, got FP64"),
-        (
-            {"state": states(2), "action": states(2), "action_tokens": np.ones(2, int)},
-            {},
-            "the inputs 'action' and 'action_tokens' exclude each other",
-        ),
-        (None, {"sequence": -1}, "the request: sequence must be a whole number >= 0, got '-1'"),
-        (None, {"timeout": 1.5}, "the request: timeout must be a whole number >= 0, got '1.5'"),
-        (None, {"client_id": 5}, "client_id must be a string of at most 200 characters"),
-        (None, {"client_id": "x" * 201}, "client_id must be a string of at most 200 characters"),
-        (None, {"binary_data_output": 1}, "the request: binary_data_output must be true or false, got '1'"),
+        ({}, "'state' is missing"),
+        ({"state": states(1), "speed": states(1)}, "'speed' is unknown"),
+        ({"state": states(2), "env_id": np.arange(3)}, "same number of rows, 1 to 4096, got {'state': 2, 'env_id': 3}"),
+        ({"state": states(0)}, "same number of rows"),
+        ({"state": states(4097)}, "same number of rows"),
+        ({"state": np.float32(1)}, "same number of rows"),
+        ({"state": states(2).astype(np.int32)}, "'state' must be FP16 or FP32 or FP64, got INT32"),
+        ({"state": state_with(np.nan)}, "'state', row 1, is not finite"),
+        ({"state": state_with(-np.inf)}, "'state', row 1, is not finite"),
+        ({"state": np.full((2, 3), 1e300)}, "'state', row 0, is not finite"),
+        ({"state": states(2), "env_id": np.zeros(2)}, "'env_id' must be INT64 or INT32, got FP64"),
+        ({"state": states(2), "env_id": np.zeros((2, 1), int)}, "'env_id' must have shape [N], got [2, 1]"),
+        ({"state": states(2), "episode_start": np.ones(2, int)}, "'episode_start' must be BOOL, got INT64"),
+        ({"state": states(2), "action_tokens": np.ones(2)}, "'action_tokens' must be INT64 or INT32, got FP64"),
+        ({"state": states(2), "action": states(2), "action_tokens": np.ones(2, int)}, "exclude each other"),
     ],
 )
-def test_malformed_query_is_400_with_the_reason(
-    echo: str, arrays: dict[str, np.ndarray] | None, parameters: dict[str, Any], message: str
-) -> None:
-    if arrays is not None:
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    response = infer(echo, arrays, **parameters)
+def test_query_that_does_not_suit_the_teacher_is_400(echo: str, arrays: dict[str, np.ndarray], reason: str) -> None:
+    response = infer(echo, {name: np.asarray(array) for name, array in arrays.items()})
     assert response.status_code == 400
-    assert message in error(response)
+    assert reason in error(response)
 
 
 @pytest.mark.parametrize(
-    ("outputs", "message"),
+    ("image", "instruction", "reason"),
     [
-        ({}, "outputs must be a list of objects"),
-        (["action"], "outputs must be a list of objects"),
-        ([{"name": "value"}], "output 'value' is unknown; teacher 'echo' gives action"),
-        ([{}], "output 'None' is unknown"),
-        ([{"name": "action"}, {"name": "action"}], "output 'action' is asked for twice"),
-        ([{"name": "action", "parameters": []}], "parameters must be an object"),
-        ([{"name": "action", "parameters": {"binary_data": "no"}}], "output 'action': binary_data must be true or"),
-        ([{"name": "action", "parameters": {"classification": 3}}], "the classification extension is not supported"),
-    ],
-)
-def test_malformed_outputs_are_400_with_the_reason(echo: str, outputs: Any, message: str) -> None:
-    response = infer(echo, outputs=outputs)
-    assert response.status_code == 400
-    assert message in error(response)
-
-
-@pytest.mark.parametrize(
-    ("image", "instruction", "message"),
-    [
-        (np.zeros((1, 4, 6), np.uint8), ["go"], "'images.base' must have shape (N, 4, 6, 3), got [1, 4, 6]"),
-        (np.zeros((1, 6, 4, 3), np.uint8), ["go"], "'images.base' must have shape (N, 4, 6, 3), got [1, 6, 4, 3]"),
-        (np.zeros((1, 4, 6, 4), np.uint8), ["go"], "'images.base' must have shape (N, 4, 6, 3), got [1, 4, 6, 4]"),
-        (np.zeros((1, 4, 6, 3), np.float32), ["go"], "input 'images.base' must be UINT8, got FP32"),
-        (np.zeros((1, 4, 6, 3), np.uint8), [b"\xff"], "input 'instruction' is not UTF-8"),
-        (np.zeros((1, 4, 6, 3), np.uint8), [["go"]], "input 'instruction' must have shape ['N'], got [1, 1]"),
+        (np.zeros((1, 4, 6), np.uint8), ["go"], "'images.base' must have shape [N, 4, 6, 3], got [1, 4, 6]"),
+        (np.zeros((1, 6, 4, 3), np.uint8), ["go"], "'images.base' must have shape"),
+        (np.zeros((1, 4, 6, 4), np.uint8), ["go"], "'images.base' must have shape"),
+        (np.zeros((1, 4, 6, 3), np.float32), ["go"], "'images.base' must be UINT8, got FP32"),
+        (np.zeros((1, 4, 6, 3), np.uint8), [b"\xff"], "'instruction' is not UTF-8"),
+        (np.zeros((1, 4, 6, 3), np.uint8), [["go"]], "'instruction' must have shape [N], got [1, 1]"),
     ],
 )
 def test_images_and_text_of_another_form_are_400(
-    vision: str, image: np.ndarray, instruction: list[Any], message: str
+    vision: str, image: np.ndarray, instruction: list[Any], reason: str
 ) -> None:
     response = infer(vision, {"images.base": image, "instruction": np.array(instruction, object)})
     assert response.status_code == 400
-    assert message in error(response)
+    assert reason in error(response)
 
 
 @pytest.mark.parametrize(
-    ("body", "headers", "message"),
+    ("body", "headers", "reason"),
     [
-        (b"{", {}, "the message is no JSON"),
-        (b"{}", {}, "the message has no list of inputs"),
-        (b'{"inputs": [], "id": 7}', {}, "input 'state' is missing"),
-        (b"{}", {"Inference-Header-Content-Length": "3"}, "must be a number up to 2"),
+        (b"{", {}, "not JSON"),
         (b"{}", {"Inference-Header-Content-Length": "\xb2"}, "must be a number up to 2"),
-        (b"{}", {"Content-Encoding": "gzip"}, "the body has the Content-Encoding 'gzip'; send it as it is"),
+        (b"{}", {"Content-Encoding": "gzip"}, "Content-Encoding 'gzip'"),
     ],
 )
-def test_request_that_is_no_message_is_400(echo: str, body: bytes, headers: dict[str, str], message: str) -> None:
+def test_request_that_is_not_a_message_is_400(echo: str, body: bytes, headers: dict[str, str], reason: str) -> None:
     response = post(echo, body, headers)
     assert response.status_code == 400
-    assert message in error(response)
+    assert reason in error(response)
 
 
-def test_id_that_is_no_string_is_400(echo: str) -> None:
-    message = build({"id": 7}, "inputs", {"state": states(1)})
-    response = post(echo, message.body, message.headers)
-    assert (response.status_code, error(response)) == (400, "id must be a string")
+def test_name_that_is_not_unicode_text_is_400(echo: str) -> None:
+    tensor = {"name": "\ud800", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": -1}}
+    response = post(echo, json.dumps({"inputs": [tensor]}).encode())
+    assert response.status_code == 400
+    assert "\\ud800" in error(response)
+
+
+def test_instructions_of_very_different_lengths_cost_what_they_are_long() -> None:
+    spec = VisionTeacher().spec
+    words = np.array([b"x" * MAX_STRING] + [b"go"] * 1023, object)
+    message = build({}, "inputs", {"images.base": np.zeros((1024, 4, 6, 3), np.uint8), "instruction": words})
+    tracemalloc.start()
+    try:
+        read_request(message.body, message.headers[HEADER_LENGTH], spec, Regions())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_instruction_that_is_too_long_is_400(vision: str) -> None:
+    arrays = {"images.base": np.zeros((1, 4, 6, 3), np.uint8), "instruction": np.array(["x" * (MAX_STRING + 1)])}
+    response = infer(vision, arrays)
+    assert response.status_code == 400
+    assert f"an element of {MAX_STRING + 1} bytes" in error(response)
 
 
 # ---- tokens
@@ -374,39 +321,40 @@ def basic(text: str) -> bytes:
     return b"Basic " + base64.b64encode(text.encode())
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics", "/v2", "/v2/models/teacher", INFER, "/v3"])
+GUARDED = ("/", "/metrics", "/v2", "/v2/models/teacher", INFER, "/v3")
+WRONG = (
+    b"",
+    b"Bearer",
+    b"Bearer wrong",
+    TOKEN.encode(),
+    b"Digest " + TOKEN.encode(),
+    basic("user:wrong"),
+    basic(TOKEN),
+    b"Basic !",
+    b"Basic \xff",
+)
+
+
 @pytest.mark.parametrize(
-    "header",
-    [
-        None,
-        b"",
-        b"Bearer",
-        b"Bearer wrong",
-        TOKEN.encode(),
-        b"Digest " + TOKEN.encode(),
-        basic("user:wrong"),
-        basic(TOKEN),
-        b"Basic !",
-        b"Basic \xff",
-    ],
+    ("path", "header"), [*((path, None) for path in GUARDED), *(("/v2", header) for header in WRONG)]
 )
 def test_without_the_token_everything_is_401(guarded: str, path: str, header: bytes | None) -> None:
     response = requests.get(guarded + path, headers={} if header is None else {"Authorization": header}, timeout=30)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"].startswith("Basic realm=")
-    assert "wants a bearer token" in error(response)
+    assert "bearer token" in error(response)
 
 
 @pytest.mark.parametrize("header", [b"Bearer " + TOKEN.encode(), b"bearer " + TOKEN.encode(), basic(f"me:{TOKEN}")])
-@pytest.mark.parametrize("path", ["/", "/metrics", "/v2", "/v2/models/teacher"])
-def test_token_opens_everything(guarded: str, path: str, header: bytes) -> None:
-    assert get(guarded + path, headers={"Authorization": header}).status_code == 200
+def test_token_opens_everything(guarded: str, header: bytes) -> None:
+    for path in ("/", "/metrics", "/v2", "/v2/models/teacher"):
+        assert get(guarded + path, headers={"Authorization": header}).status_code == 200
 
 
 @pytest.mark.parametrize("token", ["öffne", "two words", "line\n"])
 def test_token_that_no_header_can_hold_is_refused(token: str) -> None:
-    with pytest.raises(ValueError, match="the token must consist of printable ASCII characters without spaces"):
-        make_app(Service(Engine(EchoTeacher, Metrics("teacher")), "teacher"), token)
+    with pytest.raises(ValueError, match="printable ASCII"):
+        make_app(Service(Engine(EchoTeacher, Metrics()), "teacher"), token)
 
 
 @pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready"])
@@ -487,20 +435,20 @@ def test_teacher_that_raises_is_500_with_its_words(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "reason"),
     [
-        (lambda query: np.zeros((1, 2)), "teacher 'echo' gave 1 rows of 'action' for 2 queries"),
-        (lambda query: 3.0, "teacher 'echo' gave no rows of 'action' for 2 queries"),
-        (lambda query: None, "teacher 'echo' gave no rows of 'action' for 2 queries"),
-        (lambda query: np.zeros((2, 2), complex), "teacher 'echo' gave 'action' as complex128, which is no number"),
-        (lambda query: np.array(["left", "right"]), "teacher 'echo' gave 'action' as <U5, which is no number"),
+        (lambda query: np.zeros((1, 2)), "gave 1 rows of 'action' for 2 queries"),
+        (lambda query: 3.0, "gave no rows of 'action' for 2 queries"),
+        (lambda query: None, "gave no rows of 'action' for 2 queries"),
+        (lambda query: np.zeros((2, 2), complex), "gave 'action' as complex128"),
+        (lambda query: np.array(["left", "right"]), "gave 'action' as <U5"),
     ],
 )
-def test_answer_of_another_form_is_500(answer: Any, message: str) -> None:
+def test_answer_of_another_form_is_500(answer: Any, reason: str) -> None:
     with serving(lambda: EchoTeacher(answer)) as service:
         response = infer(service.url)
         assert response.status_code == 500
-        assert message in error(response)
+        assert reason in error(response)
 
 
 def test_teacher_that_exits_ends_the_service_not_its_answers() -> None:
@@ -617,11 +565,13 @@ def listens(port: int) -> bool:
 
 def test_teacher_that_cannot_be_loaded_ends_the_command() -> None:
     port = free_port()
-    command = [sys.executable, "-m", "rpd_sb3.serve", "--teacher", "tests.support.raw_client:BrokenTeacher"]
+    code = "import sys; from rpd_sb3.serve import __main__ as serve; serve.LINGER = 1.0; sys.exit(serve.main())"
+    command = [sys.executable, "-c", code, "--teacher", "tests.support.raw_client:BrokenTeacher"]
     with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True) as process:
+        state = "is loading"
         wait_for(lambda: listens(port))
-        wait_for(lambda: bool(get(f"http://127.0.0.1:{port}/v2/health/ready").json()["failed"]))
-        state = get(f"http://127.0.0.1:{port}/v2/health/ready").json()["state"]
+        while state == "is loading":
+            state = get(f"http://127.0.0.1:{port}/v2/health/ready").json()["state"]
         _, stderr = process.communicate(timeout=30)
     assert state == "failed: ArithmeticError: the weights do not add up"
     assert process.returncode == serve.USER_ERROR
@@ -637,34 +587,29 @@ def test_port_in_use_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixtu
 
 
 def test_port_is_taken_as_soon_as_it_is_bound() -> None:
-    with serve.bind("127.0.0.1", 0) as first:
+    with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{port}: Address already in use"):
-            serve.bind("127.0.0.1", port)
+            bind("127.0.0.1", port)
+
+
+def test_help_names_the_teachers_that_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    text = serve.make_parser().format_help()
+    found = [name for name in TEACHERS if name in text]
+    assert found == [name for name in TEACHERS if not name.startswith(("http:", "openpi:"))]
 
 
 # ---- next to any VLA
 
-LIGHT = ["serve", "protocol.messages", "protocol.spec", "protocol.shared_memory", "serving.app", "serving.engine"]
-LIGHT += ["teachers", "teachers.base", "teachers.octo", "teachers.scripted", "teachers.registry"]
-FILES = ["__init__", "cli", "bins", "names", "serve", "config", "protocol/*", "serving/[!r]*", "serving/re*"]
-FILES += ["teachers/octo/*"]
-FILES += [
-    f"teachers/{name}"
-    for name in ("__init__", "base", "experts", "mixture", "motion", "privileged", "registry", "scripted")
-]
+LIGHT = ["serve.__main__", "serve.app", "serve.engine", "wire.messages", "wire.spec", "wire.shared_memory"]
+LIGHT += ["teachers.registry", "teachers.octo", "teachers.scripted.teacher"]
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_service_imports_nothing_of_the_students_side(module: str) -> None:
-    code = f"import sys, rpd_sb3.{module}; print(sorted({{'torch', 'stable_baselines3'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [path for name in FILES for path in sorted((ROOT / "rpd_sb3").glob(f"{name}.py"))],
-    ids=lambda path: path.stem,
-)
-def test_service_is_written_in_python_3_8(path: Path) -> None:
-    ast.parse(path.read_text(), feature_version=(3, 8))
+def test_service_imports_nothing_of_the_students_side() -> None:
+    lines = ["import sys"]
+    for module in LIGHT:
+        lines += [f"import rpd_sb3.{module}", "if {'torch', 'stable_baselines3'} & set(sys.modules):"]
+        lines += [f"    sys.exit('rpd_sb3.{module} imports too much')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -57,7 +57,6 @@ def test_server_and_model_are_live_and_ready(client: triton.InferenceServerClien
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("teacher")
-    assert client.is_model_ready("teacher", "1")
     assert not client.is_model_ready("other")
 
 
@@ -90,24 +89,6 @@ def test_error_arrives_with_its_reason(client: triton.InferenceServerClient) -> 
 def test_compressed_body_is_refused_with_the_reason(client: triton.InferenceServerClient) -> None:
     with pytest.raises(triton_utils.InferenceServerException, match="the body has the Content-Encoding 'gzip'"):
         client.infer("teacher", inputs(4), request_compression_algorithm="gzip")
-
-
-def test_classification_is_refused_with_the_reason(client: triton.InferenceServerClient) -> None:
-    with pytest.raises(triton_utils.InferenceServerException, match="the classification extension is not supported"):
-        client.infer("teacher", inputs(4), outputs=[triton.InferRequestedOutput("action", class_count=1)])
-
-
-def test_statistics_count_the_inferences() -> None:
-    with serving(WordTeacher) as running:
-        client = triton.InferenceServerClient(running.url.removeprefix("http://"))
-        for _ in range(3):
-            client.infer("teacher", inputs(4))
-        (stats,) = client.get_inference_statistics("teacher")["model_stats"]
-        assert client.get_inference_statistics()["model_stats"][0]["name"] == "teacher"
-        client.close()
-    assert (stats["inference_count"], stats["execution_count"]) == (12, 3)
-    assert stats["inference_stats"]["success"]["count"] == 3
-    assert stats["inference_stats"]["success"]["ns"] > 0
 
 
 def test_inputs_and_outputs_in_system_shared_memory(client: triton.InferenceServerClient) -> None:

@@ -103,7 +103,7 @@ class CountingTeacher(EchoTeacher):
 
 
 class FifoTeacher(EchoTeacher):
-    """For a process of its own: a query waits until somebody writes to a FIFO.
+    """For a process of its own: a query waits until a FIFO is written to.
 
     :param path: of the FIFO; opening it for writing waits until a query is there
     """

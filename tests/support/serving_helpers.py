@@ -14,7 +14,7 @@ import numpy as np
 import requests
 import uvicorn
 
-from rpd_sb3.serve.__main__ import bind
+from rpd_sb3.serve.address import bind
 from rpd_sb3.serve.app import Service, make_app
 from rpd_sb3.serve.engine import Engine
 from rpd_sb3.serve.metrics import Metrics
@@ -49,7 +49,7 @@ def serving(
     :param shared_memory: take it
     :param engine: arguments of Engine
     """
-    owner = Engine(load, Metrics("teacher"), **engine)
+    owner = Engine(load, Metrics(), **engine)
     app = make_app(Service(owner, "teacher", max_body, shared_memory), token)
     listener = bind("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
@@ -87,7 +87,7 @@ def is_ready(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at just now."""
+    """A port of this machine that is free."""
     with bind("127.0.0.1", 0) as listener:
         return listener.getsockname()[1]
 

@@ -21,7 +21,7 @@ import requests
 from rpd_sb3.serve import regions as regions_module
 from rpd_sb3.serve.regions import Regions
 from rpd_sb3.wire import shared_memory
-from rpd_sb3.wire.messages import SharedTensor, build, describe_shared
+from rpd_sb3.wire.messages import Place, RegionRequest, SharedTensor, build, describe_shared
 from rpd_sb3.wire.shared_memory import (
     FOLDER,
     PREFIX,
@@ -36,6 +36,7 @@ from rpd_sb3.wire.shared_memory import (
     sweep,
     unlink,
 )
+from rpd_sb3.wire.tensors import from_bytes
 from tests.support.helpers import EchoTeacher
 from tests.support.raw_client import HeldTeacher, labels, post
 from tests.support.serving_helpers import Running, free_port, serving, serving_process, states, wait_for
@@ -93,7 +94,7 @@ def infer(
 
 def put(region: Region, offset: int, array: np.ndarray, name: str) -> SharedTensor:
     region.array(offset, array.shape, array.dtype)[:] = array
-    return SharedTensor(name, offset, array.nbytes, "FP32", array.shape)
+    return SharedTensor(Place(name, offset, array.nbytes), "FP32", array.shape)
 
 
 # ---- the extension
@@ -125,28 +126,25 @@ def test_region_that_is_registered_already_is_400(region: tuple[str, Region], ec
 
 def test_number_of_regions_is_limited(region: tuple[str, Region], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regions_module, "MAX_REGIONS", 2)
-    regions, body = Regions(), {"key": region[0], "byte_size": 8}
-    regions.register("a", body)
-    regions.register("b", body)
-    with pytest.raises(ValueError, match="2 regions are registered already; unregister some"):
-        regions.register("c", body)
+    regions, request = Regions(), RegionRequest(region[0], 0, 8)
+    regions.register("a", request)
+    regions.register("b", request)
+    with pytest.raises(ValueError, match="2 regions are registered already"):
+        regions.register("c", request)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "reason"),
     [
-        ({"key": 7}, "expected {"),
-        ({"key": "/nobody-made-this"}, "no shared memory object '/nobody-made-this' here: No such file"),
-        ({"key": "/../etc/passwd"}, "'/../etc/passwd' is no name of a shared memory object"),
-        ({"key": "a/b"}, "'a/b' is no name of a shared memory object"),
-        ({"key": "//a"}, "'//a' is no name of a shared memory object"),
-        ({"key": ""}, "'' is no name of a shared memory object"),
-        ({"key": "a\0b"}, "is no name of a shared memory object"),
-        ({"key": "a\n"}, "is no name of a shared memory object"),
-        ({"key": ".."}, "there is no shared memory object '..' here: Is a directory"),
-        ({"byte_size": None}, "region 'r': byte_size must be a whole number >= 0, got 'None'"),
-        ({"byte_size": True}, "region 'r': byte_size must be a whole number >= 0, got 'True'"),
-        ({"offset": -1}, "region 'r': offset must be a whole number >= 0, got '-1'"),
+        ({"key": 7}, "key must be a string"),
+        ({"key": "/nobody-made-this"}, "No such file"),
+        ({"key": "/../etc/passwd"}, "'/../etc/passwd'"),
+        ({"key": "//a"}, "'//a'"),
+        ({"key": ""}, "''"),
+        ({"key": "a\0b"}, "'a\\x00b'"),
+        ({"key": "a\n"}, "'a\\n'"),
+        ({"key": ".."}, "Is a directory"),
+        ({"offset": -1}, "offset must be a whole number"),
         ({"byte_size": 0}, "has 65536 bytes, not 0"),
         ({"byte_size": 2**16 + 1}, "has 65536 bytes, not 65537"),
         ({"offset": 2**16 - 99}, "has 65536 bytes, not 100 from 65437 on"),
@@ -154,23 +152,21 @@ def test_number_of_regions_is_limited(region: tuple[str, Region], monkeypatch: p
     ],
 )
 def test_region_that_cannot_be_mapped_is_400(
-    region: tuple[str, Region], echo: Running, change: dict[str, Any], message: str
+    region: tuple[str, Region], echo: Running, change: dict[str, Any], reason: str
 ) -> None:
     response = register(echo.url, "r", {"key": region[0], "offset": 0, "byte_size": 100, **change})
     assert response.status_code == 400
-    assert message in response.json()["error"]
+    assert reason in response.json()["error"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff"])
-def test_body_that_describes_no_region_is_400(echo: Running, body: bytes) -> None:
-    response = post(echo.url, body, path=f"{MEMORY}/region/r/register")
+def test_body_that_is_not_json_is_400(echo: Running) -> None:
+    response = post(echo.url, b"{", path=f"{MEMORY}/region/r/register")
     assert response.status_code == 400
-    assert "error" in response.json()
+    assert "JSON" in response.json()["error"]
 
 
-@pytest.mark.parametrize("path", ["/region/unknown/status"])
-def test_status_of_an_unknown_region_is_404(echo: Running, path: str) -> None:
-    response = requests.get(f"{echo.url}{MEMORY}{path}", timeout=30)
+def test_status_of_an_unknown_region_is_404(echo: Running) -> None:
+    response = status(echo.url, "/region/unknown")
     assert (response.status_code, response.json()["type"]) == (404, "UnknownRegion")
 
 
@@ -217,7 +213,7 @@ def test_region_may_begin_anywhere_in_its_object(region: tuple[str, Region], ech
     key, memory = region
     put(memory, 5000, states(2), "far")
     register(echo.url, "far", {"key": key, "offset": 5000, "byte_size": 24})
-    response = infer(echo.url, {"state": SharedTensor("far", 0, 24, "FP32", (2, 3))})
+    response = infer(echo.url, {"state": SharedTensor(Place("far", 0, 24), "FP32", (2, 3))})
     np.testing.assert_array_equal(labels(response)["action"], states(2)[:, 1:3])
     post(echo.url, b"", path=f"{MEMORY}/unregister")
 
@@ -231,45 +227,34 @@ def registered(region: tuple[str, Region], echo: Running) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "message"),
+    ("place", "reason"),
     [
-        (SharedTensor("r", 4080, 24, "FP32", (2, 3)), "tensor 'state' ends at byte 4104 of a region of 4096"),
-        (SharedTensor("r", 2**62, 24, "FP32", (2, 3)), "tensor 'state' ends at byte 4611686018427387928"),
-        (SharedTensor("r", 0, 4097, "FP32", (2, 3)), "tensor 'state' ends at byte 4097"),
-        (SharedTensor("r", 0, 20, "FP32", (2, 3)), "tensor 'state': 20 bytes for FP32 [2, 3]"),
-        (SharedTensor("r", 0, 28, "FP32", (2, 3)), "tensor 'state': 28 bytes for FP32 [2, 3]"),
-        (SharedTensor("r", -8, 24, "FP32", (2, 3)), "state: shared_memory_offset must be a whole number >= 0"),
+        (Place("r", 4080, 24), "'state' ends at byte 4104"),
+        (Place("r", 2**62, 24), "'state' ends at byte 4611686018427387928"),
+        (Place("r", 0, 4097), "'state' ends at byte 4097"),
+        (Place("r", 0, 20), "'state': 20 bytes for"),
+        (Place("r", 0, 28), "'state': 28 bytes for"),
     ],
 )
-def test_input_outside_its_region_is_400(registered: str, tensor: SharedTensor, message: str) -> None:
-    response = infer(registered, {"state": tensor})
+def test_input_outside_its_region_is_400(registered: str, place: Place, reason: str) -> None:
+    response = infer(registered, {"state": SharedTensor(place, "FP32", (2, 3))})
     assert response.status_code == 400
-    assert message in response.json()["error"]
+    assert reason in response.json()["error"]
 
 
 @pytest.mark.parametrize(
-    ("where", "code", "message"),
+    ("where", "code", "reason"),
     [
-        ({"shared_memory_offset": 4090, "shared_memory_byte_size": 16}, 400, "'action' ends at byte 4106 of a region"),
-        ({"shared_memory_byte_size": 15}, 400, "output 'action' has 16 bytes, but 15 are set aside for it"),
-        ({}, 400, "action: shared_memory_byte_size must be a whole number"),
-        ({"shared_memory_byte_size": "16"}, 400, "action: shared_memory_byte_size must be a whole number"),
-        ({"shared_memory_region": "s", "shared_memory_byte_size": 16}, 404, "region 's' is not registered"),
-        ({"shared_memory_region": 5, "shared_memory_byte_size": 16}, 400, "shared_memory_region must be a name"),
+        ({"shared_memory_offset": 4090, "shared_memory_byte_size": 16}, 400, "'action' ends at byte 4106"),
+        ({"shared_memory_byte_size": 15}, 400, "'action' has 16 bytes, but 15"),
+        ({"shared_memory_region": "s", "shared_memory_byte_size": 16}, 404, "'s' is not registered"),
     ],
 )
-def test_output_that_has_no_place_is_refused(registered: str, where: dict[str, Any], code: int, message: str) -> None:
+def test_output_that_has_no_place_is_refused(registered: str, where: dict[str, Any], code: int, reason: str) -> None:
     outputs = [{"name": "action", "parameters": {"shared_memory_region": "r", **where}}]
     response = infer(registered, {}, outputs, {"state": states(2)})
     assert response.status_code == code
-    assert message in response.json()["error"]
-
-
-def test_output_without_a_region_is_400(registered: str) -> None:
-    outputs = [{"name": "action", "parameters": {"shared_memory_byte_size": 16}}]
-    response = infer(registered, {}, outputs, {"state": states(2)})
-    assert response.status_code == 400
-    assert response.json()["error"] == "output 'action': shared_memory_region is missing"
+    assert reason in response.json()["error"]
 
 
 def test_output_that_has_no_place_costs_no_work() -> None:
@@ -281,7 +266,7 @@ def test_output_that_has_no_place_costs_no_work() -> None:
 
 
 def test_unknown_region_is_404(echo: Running) -> None:
-    response = infer(echo.url, {"state": SharedTensor("nowhere", 0, 24, "FP32", (2, 3))})
+    response = infer(echo.url, {"state": SharedTensor(Place("nowhere", 0, 24), "FP32", (2, 3))})
     assert (response.status_code, response.json()["type"]) == (404, "UnknownRegion")
     assert response.json()["error"] == "shared memory region 'nowhere' is not registered"
 
@@ -360,22 +345,19 @@ def test_nonsense_in_an_overwritten_slot_is_409_not_400(echo: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "message"),
+    ("change", "code", "reason"),
     [
-        ({"shared_memory_generation_region": "none"}, 404, "region 'none' is not registered"),
-        ({"shared_memory_generation_region": None}, 400, "shared_memory_generation_region must be a string"),
-        ({"shared_memory_generation_offset": 4}, 400, "shared_memory_generation_offset 4 is not in the region"),
-        ({"shared_memory_generation_offset": 4096}, 400, "shared_memory_generation_offset 4096 is not in the region"),
-        ({"shared_memory_generation_offset": -8}, 400, "shared_memory_generation_offset must be a whole number >= 0"),
-        ({"shared_memory_generation": "1"}, 400, "shared_memory_generation must be a whole number >= 0"),
+        ({"shared_memory_generation_region": "none"}, 404, "'none' is not registered"),
+        ({"shared_memory_generation_offset": 4}, 400, "offset 4 is not in the region"),
+        ({"shared_memory_generation_offset": 4096}, 400, "offset 4096 is not in the region"),
     ],
 )
-def test_generation_that_is_nowhere_is_refused(echo: Running, change: dict[str, Any], code: int, message: str) -> None:
+def test_generation_that_is_nowhere_is_refused(echo: Running, change: dict[str, Any], code: int, reason: str) -> None:
     client = RingClient(echo.url)
     generation, tensors, _ = client.slot.write({"state": states(2)})
     response = client.ask(generation, tensors, **change)
     assert response.status_code == code
-    assert message in response.json()["error"]
+    assert reason in response.json()["error"]
 
 
 def test_slot_holds_every_kind_of_tensor_aligned() -> None:
@@ -388,13 +370,13 @@ def test_slot_holds_every_kind_of_tensor_aligned() -> None:
     ring = Ring(2, query_size(arrays))
     unlink(ring.key)
     regions = Regions()
-    regions._regions[ring.name] = (ring.region, {"key": "x"})
+    regions._regions[ring.name] = (ring.region, RegionRequest("x", 0, 0))
     for slot in ring.free:
         generation, tensors, views = slot.write(arrays)
         check_generation(ring.region, slot.offset, generation)
         for name, tensor in tensors.items():
-            assert tensor.offset % 64 == 0
-            found = regions.read(name, tensor)
+            assert tensor.place.offset % 64 == 0
+            found = from_bytes(regions.view(tensor.place, name), tensor.datatype, tensor.shape, name)
             np.testing.assert_array_equal(views[name], arrays[name])
             if name == "instruction":
                 assert [word.decode() for word in found] == arrays[name].tolist()
@@ -498,7 +480,7 @@ def test_service_forgets_regions_of_clients_that_are_gone(shm: Path, maker: subp
     (shm / "triton").write_bytes(b"x" * 100)
     regions = Regions()
     for name, key in (("theirs", path.name), ("own", own), ("triton", "triton")):
-        regions.register(name, {"key": key, "byte_size": 100})
+        regions.register(name, RegionRequest(key, 0, 100))
     assert [entry["name"] for entry in regions.status()] == ["theirs", "own", "triton"]
     maker.kill()
     maker.wait()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from rpd_sb3.cli.config import parse_pairs
-from rpd_sb3.doctor import teacher as teacher_check
-from rpd_sb3.doctor.findings import FAIL, OK
+from rpd_sb3.doctor import FAIL, OK
+from rpd_sb3.doctor import teacher as doctor
 from rpd_sb3.serve.__main__ import make_parser
 from rpd_sb3.teachers import Query, make_teacher
 from rpd_sb3.teachers.octo import OctoTeacher
@@ -433,15 +433,15 @@ def test_importing_the_teacher_imports_no_jax() -> None:
 
 
 def test_the_doctor_looks_for_package_and_checkpoint(checkpoint: str, tmp_path: Path) -> None:
-    assert [found.status for found in teacher_check.check_teacher(f"octo:{checkpoint}")] == [OK]
-    assert [found.status for found in teacher_check.check_teacher("octo:hf://org/name")] == [OK]
-    assert [found.status for found in teacher_check.check_teacher(f"octo:{tmp_path}")] == [FAIL]
+    assert [found.status for found in doctor.inspect_teacher(f"octo:{checkpoint}")] == [OK]
+    assert [found.status for found in doctor.inspect_teacher("octo:hf://org/name")] == [OK]
+    assert [found.status for found in doctor.inspect_teacher(f"octo:{tmp_path}")] == [FAIL]
 
 
 def test_the_doctor_misses_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_octo.forget_package(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (found,) = teacher_check.check_teacher("octo:hf://org/name")
+    (found,) = doctor.inspect_teacher("octo:hf://org/name")
     assert (found.status, found.value) == (FAIL, "not installed here: octo")
 
 
