@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
-from rpd_sb3.contract.bins import acted, to_tokens, token_bins
+from rpd_sb3.contract.bins import to_clipped_actions, to_tokens, token_bins
 from rpd_sb3.demos.files import Demonstrations, Observation, each
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.labelling.access import find_vec_teacher
@@ -106,7 +106,7 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
     def decide() -> tuple[np.ndarray, np.ndarray]:
         action = teacher.label()["action"]
         if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
-            return acted(action, n_bins, bounds), action
+            return to_clipped_actions(action, n_bins, bounds), action
         continuous = teacher.adapter.clip(np.asarray(action, np.float32))
         executed = continuous
         if noise:

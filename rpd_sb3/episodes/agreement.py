@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import acted, token_bins
+from rpd_sb3.contract.bins import to_clipped_actions, token_bins
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.episodes.play import Actor, Evaluator, student_actor, untouched_rng
 from rpd_sb3.labelling.access import find_vec_teacher
@@ -81,7 +81,7 @@ class Pairs:
 
     def _continuous(self, tokens: np.ndarray) -> np.ndarray:
         assert self._n_bins is not None
-        return acted(tokens, self._n_bins, self._bounds)
+        return to_clipped_actions(tokens, self._n_bins, self._bounds)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The student's actions, the teacher's, and the teacher's std if it has one, (n, A) each."""
