@@ -53,7 +53,7 @@ def check(argv: Sequence[str]) -> Any:
 
 
 class Job:
-    """Somebody on a stage, and somebody who looks.
+    """One showing, built and ready to run.
 
     :param args: of :func:`check`
     :raises ValueError: for any mistake of the user's
@@ -61,33 +61,33 @@ class Job:
     """
 
     def __init__(self, args: Any) -> None:
-        from rpd_sb3.episodes.film import Film, Stage, Window
+        from rpd_sb3.episodes.film import Film, RenderedEnv, Window
         from rpd_sb3.evaluate.policy_source import open_player
 
         self.args = args
         with ExitStack() as closing:
-            look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
+            viewer = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
             self.player = open_player(args, closing)
-            self.stage = closing.enter_context(
-                Stage(self.player.env_id, self.player.env_kwargs, look, self.player.actor, self.player.teacher)
+            self.env = closing.enter_context(
+                RenderedEnv(self.player.env_id, self.player.env_kwargs, viewer, self.player.actor, self.player.teacher)
             )
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:
         """Play the episodes, and say how each one went."""
-        from rpd_sb3.episodes.play import describe, summarise
+        from rpd_sb3.episodes.play import describe, summarize
 
         print(f"{self.player.name} on {self.player.env_id}", flush=True)
         episodes = []
         try:
             for i in range(self.args.n_episodes):
-                episode = self.stage.play(self.args.seed + i)
+                episode = self.env.play(self.args.seed + i)
                 episodes.append(episode)
                 print(f"episode {i + 1}, seed {self.args.seed + i}: {in_words(episode)}", flush=True)
         except (ValueError, OSError) as error:
             print_error(error)
             return RUN_ERROR
-        print(f"{len(episodes)} episodes: {describe(summarise(episodes))}")
+        print(f"{len(episodes)} episodes: {describe(summarize(episodes))}")
         if self.args.record is not None:
             self._closing.close()  # the film ends here
             print(f"{self.args.record} {Path(self.args.record).stat().st_size / 1e6:.1f} MB")
@@ -105,7 +105,7 @@ def in_words(episode: Any) -> str:
     success = {None: "", True: "success, ", False: "no success, "}[episode.once]
     if episode.once and not episode.at_end:
         success = "success, lost again, "
-    return f"{success}length {episode.length}, return {episode.ret:.2f}"
+    return f"{success}length {episode.length}, return {episode.episode_return:.2f}"
 
 
 if __name__ == "__main__":

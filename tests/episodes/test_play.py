@@ -19,7 +19,8 @@ from stable_baselines3.common.logger import Logger
 
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.episodes.play import EvalResult, Evaluator, student_actor, teacher_actor, untouched_rng
+from rpd_sb3.episodes.play import EvalResult, Evaluator, student_actor, teacher_actor
+from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.teachers import make_teacher
 from rpd_sb3.train.callbacks import EvalSuccessCallback
 from tests.support.helpers import EchoTeacher
@@ -177,7 +178,7 @@ def test_global_generators_are_left_alone() -> None:
     def draws() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(th.rand(()))  # noqa: NPY002
 
-    with untouched_rng():
+    with preserved_rng():
         inside = draws()
     assert draws() == inside
 
@@ -256,7 +257,7 @@ def test_maniskill_episodes_go_on_after_success() -> None:
 def test_episodes_as_trained_end_at_success() -> None:
     teacher = make_teacher("scripted", "PickCube-v1")
     evaluator = Evaluator("PickCube-v1", n_episodes=2, n_envs=1, vec_env="dummy", teacher=teacher)
-    with closing(evaluator.as_trained()) as same:
+    with closing(evaluator.with_training_ends()) as same:
         result = same.teacher()
     teacher.close()
     assert (result.success_once, result.success_at_end, result.n_episodes) == (1.0, 1.0, 2)
