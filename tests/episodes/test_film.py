@@ -31,9 +31,9 @@ def frames(path: Path) -> np.ndarray:
 
 def test_a_film_shows_the_start_and_every_step(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
-    with Film(path) as film, RenderedEnv(TINY, {"length": 4}, film, lambda _: student_actor(student())) as env:
-        episode = env.play(3)
-        env.play(4)
+    with Film(path) as film, RenderedEnv(TINY, {"length": 4}, film, lambda _: student_actor(student())) as rendered:
+        episode = rendered.play(3)
+        rendered.play(4)
     assert episode.length == 4
     seen = frames(path)
     assert len(seen) == 2 * (1 + 4)

@@ -265,16 +265,17 @@ def test_episodes_as_trained_end_at_success() -> None:
 
 
 def test_teacher_without_images_is_evaluated_without_rendering() -> None:
-    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)
-    evaluator = Evaluator(
-        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
-    )
-    with_images = evaluator.evaluate(teacher_actor(evaluator.venv))
-    evaluator.close()
-    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)  # its noise from the start
-    evaluator = Evaluator(
-        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
-    )
+    options = {"obs": "rgb", "image_size": 84, "reward": "dense", "max_episode_steps": 8}  # images are slow on a CPU
+
+    def noisy_evaluator() -> Evaluator:
+        teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)  # its noise from the start
+        return Evaluator("PushCube-v1", options, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher)
+
+    with closing(noisy_evaluator()) as evaluator:
+        with_images = evaluator.evaluate(teacher_actor(evaluator.venv))
+    evaluator = noisy_evaluator()
     without = evaluator.teacher()
+    assert with_images.lengths.tolist() == [8, 8]
+    assert with_images.returns.min() > 0
     np.testing.assert_array_equal(without.returns, with_images.returns)
     assert evaluator._venv is None, "the student's environments were not even made"
