@@ -12,9 +12,10 @@ from rpd_sb3.cli.common import (
     RUN_ERROR,
     Interrupt,
     Parser,
-    add_player_flags,
+    add_policy_flags,
     check_at_least,
-    check_player,
+    check_folder_of,
+    check_policy_flags,
     check_training_side,
     print_error,
     run_command,
@@ -22,68 +23,66 @@ from rpd_sb3.cli.common import (
 
 
 def make_parser() -> Parser:
-    """Every flag."""
+    """The parser of the command line."""
     parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
     add = parser.add_argument
-    add_player_flags(parser, "watch", n_episodes=5)
+    add_policy_flags(parser, "watch", n_episodes=5)
     add("--record", metavar="FILE", help="film it, as .mp4 or .gif, instead of showing a window")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Play, and return the exit code: 2 for a mistake of the user's, 1 if playing failed, 130 after Ctrl-C."""
+    """Play and return the exit code: 2 for a user error, 1 if playing failed, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     return run_command(lambda: Job(check(argv)))
 
 
 def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked by itself.
+    """The arguments, checked as far as that needs no environment.
 
     :raises ValueError: with what is wrong
     """
     check_training_side()
     args = make_parser().parse_args(argv)
     check_at_least(vars(args), {"n_episodes": 1, "seed": 0})
-    if args.record is not None and not Path(args.record).absolute().parent.is_dir():
-        raise ValueError(
-            f"--record {args.record}: folder {str(Path(args.record).parent)!r} does not exist; make it first"
-        )
-    check_player(args)
+    if args.record is not None:
+        check_folder_of("--record", args.record)
+    check_policy_flags(args)
     return args
 
 
 class Job:
-    """One showing, built and ready to run.
+    """A policy and an environment that is shown or filmed, ready to run.
 
     :param args: of :func:`check`
-    :raises ValueError: for any mistake of the user's
+    :raises ValueError: for any user error
     :raises TeacherError: if a teacher service does not answer
     """
 
     def __init__(self, args: Any) -> None:
         from rpd_sb3.episodes.film import Film, RenderedEnv, Window
-        from rpd_sb3.evaluate.policy_source import open_player
+        from rpd_sb3.evaluate.policy_source import open_policy
 
         self.args = args
         with ExitStack() as closing:
             viewer = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
-            self.player = open_player(args, closing)
+            self.policy = open_policy(args, closing)
             self.env = closing.enter_context(
-                RenderedEnv(self.player.env_id, self.player.env_kwargs, viewer, self.player.actor, self.player.teacher)
+                RenderedEnv(self.policy.env_id, self.policy.env_kwargs, viewer, self.policy.actor, self.policy.teacher)
             )
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:
-        """Play the episodes, and say how each one went."""
+        """Play the episodes and print how each one went."""
         from rpd_sb3.episodes.play import describe, summarize
 
-        print(f"{self.player.name} on {self.player.env_id}", flush=True)
+        print(f"{self.policy.name} on {self.policy.env_id}", flush=True)
         episodes = []
         try:
             for i in range(self.args.n_episodes):
                 episode = self.env.play(self.args.seed + i)
                 episodes.append(episode)
-                print(f"episode {i + 1}, seed {self.args.seed + i}: {in_words(episode)}", flush=True)
+                print(f"episode {i + 1}, seed {self.args.seed + i}: {describe_episode(episode)}", flush=True)
         except (ValueError, OSError) as error:
             print_error(error)
             return RUN_ERROR
@@ -97,8 +96,8 @@ class Job:
         self._closing.close()
 
 
-def in_words(episode: Any) -> str:
-    """How one episode went, in a line.
+def describe_episode(episode: Any) -> str:
+    """One episode in a line.
 
     :param episode: an :class:`rpd_sb3.episodes.play.Episode`
     """

@@ -111,8 +111,8 @@ def test_without_a_display_one_sentence_says_what_to_do(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name one player: a run"),
-        (["--run", "x", "--teacher", "scripted"], "name one player: a run"),
+        ([], "name one policy: a run"),
+        (["--run", "x", "--teacher", "scripted"], "name one policy: a run"),
         (["--teacher", "scripted"], "--env is missing"),
         (["--run", "nix", "--record", "film.mp4"], "run folder 'nix' does not exist"),
         (["--run", "nix", "--teacher-kwargs", "noise:1"], "--teacher-kwargs are for --teacher"),
