@@ -12,8 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from rpd_sb3.collect import __main__ as collect
-from rpd_sb3.demos.files import Demonstrations, load
-from rpd_sb3.demos.formats import export_lerobot
+from rpd_sb3.demos.files import Demonstrations, export_lerobot, load
 from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherError, TeacherSpec
 from tests.support.tiny_env import TINY, TinyEnv
 
@@ -96,8 +95,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("rpd_sb3.train.build.open_teacher", build)
-    monkeypatch.setattr("rpd_sb3.train.build.probe", build)
+    monkeypatch.setattr("rpd_sb3.teachers.registry.open_teacher", build)
+    monkeypatch.setattr("rpd_sb3.labelling.probe.probe", build)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -106,7 +105,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--out", "x.npz", "--teacher", "scripted"], "--env or --teacher is missing"),
         (["--out", "x.npz", "--env", TINY], "--env or --teacher is missing"),
-        (["--env", TINY, "--teacher", TEACHER], "--out is missing: where shall the episodes go"),
+        (["--env", TINY, "--teacher", TEACHER], "--out is missing"),
         (command(Path("x.pkl")), "'x.pkl': the suffix must be one of .npz, .hdf5, .h5"),
         (command(Path("nowhere/x.npz")), "--out nowhere/x.npz: folder 'nowhere' does not exist; make it first"),
         (command(Path("there.npz")), "--out there.npz exists already; name another file or add --overwrite"),
