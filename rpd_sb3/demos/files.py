@@ -112,7 +112,7 @@ def save(path: str | Path, demos: Demonstrations) -> None:
 
 
 def load(path: str | Path) -> Demonstrations:
-    """Read demonstrations; nothing in the file is executed.
+    """Read demonstrations; nothing in the file is executed, and no other file is read.
 
     :param path: file of :func:`save`, or a robomimic file
     :raises ValueError: if it cannot be read or holds something else
@@ -124,19 +124,25 @@ def load(path: str | Path) -> Demonstrations:
         demos = Demonstrations(**(_load_npz(path) if path.suffix == ".npz" else _load_hdf5(path)))
         _check(demos)
     except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} holds no demonstrations as rpd_sb3.collect writes them: {error}") from error
+        raise ValueError(
+            f"{str(path)!r} does not hold demonstrations as rpd_sb3.collect writes them: {error}"
+        ) from error
     return demos
 
 
 def _check(demos: Demonstrations) -> None:
-    n, seen = len(demos.actions), demos.observations
-    arrays = [demos.actions, demos.episode_starts, demos.rewards]
-    arrays += seen.values() if isinstance(seen, dict) else [seen]
-    episodes = demos.n_episodes if demos.successes is None else len(demos.successes)
-    if not n or demos.actions.ndim != 2 or {len(array) for array in arrays} != {n}:
-        raise ValueError(f"the arrays have shapes {[array.shape for array in arrays]}")
-    if episodes != demos.n_episodes or not demos.episode_starts[0] or not np.isfinite(demos.actions).all():
-        raise ValueError(f"actions are not finite, or {episodes} episodes do not begin where they are said to")
+    n = len(demos.actions)
+    observations = demos.observations if isinstance(demos.observations, dict) else {"observations": demos.observations}
+    arrays = {"actions": demos.actions, "episode_starts": demos.episode_starts, "rewards": demos.rewards} | observations
+    if not n or demos.actions.ndim != 2 or any(len(array) != n for array in arrays.values()):
+        raise ValueError(f"the arrays have shapes {[array.shape for array in arrays.values()]}")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite real numbers")
+    if not demos.episode_starts[0]:
+        raise ValueError("the first transition does not begin an episode")
+    if demos.successes is not None and len(demos.successes) != demos.n_episodes:
+        raise ValueError(f"{len(demos.successes)} successes, but {demos.n_episodes} episodes")
 
 
 def _save_npz(path: Path, demos: Demonstrations) -> None:
@@ -179,18 +185,25 @@ def _load_hdf5(path: Path) -> dict[str, Any]:
     import h5py
 
     with h5py.File(path) as file:
+
+        def read(demo: Any, name: str) -> np.ndarray:
+            dataset = demo[name]
+            if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
+                raise ValueError(f"{dataset.name} lies in another file")
+            return dataset[:]
+
         data = file["data"]
         demos = [data[name] for name in sorted(data, key=lambda name: int(name.removeprefix("demo_")))]
         observations = {
-            unquote(key): np.concatenate([demo["obs"][key][:] for demo in demos]) for key in demos[0]["obs"]
+            unquote(key): np.concatenate([read(demo["obs"], key) for demo in demos]) for key in demos[0]["obs"]
         }
         lone = bool(data.attrs.get("lone_observation", False))
         known = all("success" in demo.attrs for demo in demos)
         return {
             "observations": next(iter(observations.values())) if lone else observations,
-            "actions": np.concatenate([demo["actions"][:] for demo in demos]).astype(np.float32),
+            "actions": np.concatenate([read(demo, "actions") for demo in demos]).astype(np.float32),
             "episode_starts": np.concatenate([np.arange(len(demo["actions"])) == 0 for demo in demos]),
-            "rewards": np.concatenate([demo["rewards"][:] for demo in demos]).astype(np.float32),
+            "rewards": np.concatenate([read(demo, "rewards") for demo in demos]).astype(np.float32),
             "successes": np.array([demo.attrs["success"] for demo in demos], dtype=bool) if known else None,
             "metadata": json.loads(data.attrs.get("metadata", data.attrs.get("env_args", "{}"))),
         }
