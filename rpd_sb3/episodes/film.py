@@ -48,9 +48,9 @@ class Film:
 
         :raises ValueError: if it does not render an RGB image
         """
-        frame = np.asarray(env.render())
+        frame = np.asarray(render(env))
         if not (frame.ndim == 3 and frame.shape[-1] == 3):
-            raise ValueError(f"the environment renders something of shape {frame.shape}")
+            raise ValueError(f"the environment renders an array of shape {frame.shape}, not an RGB image (H, W, 3)")
         if self._writer is None:
             fps = frame_rate(env)
             if self._path.suffix == ".gif":
@@ -84,7 +84,7 @@ class Window:
         self._due = 0.0
 
     def __call__(self, env: gym.Env) -> None:
-        env.render()
+        render(env)
         time.sleep(max(0.0, self._due - time.monotonic()))
         self._due = time.monotonic() + 1 / frame_rate(env)
 
@@ -164,6 +164,17 @@ class ViewedSteps(gym.Wrapper):
         result = self.env.step(action)
         self._viewer(self.env)
         return result
+
+
+def render(env: gym.Env) -> Any:
+    """``env.render()``.
+
+    :raises ValueError: if the environment does not implement it
+    """
+    try:
+        return env.render()
+    except NotImplementedError as error:
+        raise ValueError(f"env {env.unwrapped} does not render: it does not implement render()") from error
 
 
 def frame_rate(env: gym.Env) -> int:
