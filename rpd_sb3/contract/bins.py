@@ -2,6 +2,8 @@
 
 ``n_bins`` edges enclose ``n_bins - 1`` bins, so the last two tokens stand for the same action; OpenVLA's token id is its
 vocabulary's size - 1 - token. Source: Kim et al., 2024, and the public code of its ActionTokenizer.
+
+Shape letter: A action dimensions.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ N_BINS = 256
 
 
 class Bounds(NamedTuple):
-    """What the ends of the bins, -1 and 1, stand for: ``low + (x + 1) / 2 (high - low)``."""
+    """The actions that the ends of the bins, -1 and 1, stand for."""
 
     low: np.ndarray
     """``(A,)``; may be the greater of the two."""
     high: np.ndarray
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """Actions of normalized actions ``(..., A)``, float64."""
+        """Actions of normalized actions x: ``low + (x + 1) / 2 (high - low)``.
+
+        :param x: ``(..., A)``
+        :return: the same shape, float64
+        """
         return 0.5 * (np.asarray(x, np.float64) + 1.0) * (self.high - self.low) + self.low
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:
@@ -44,7 +50,7 @@ def centres(n_bins: int) -> np.ndarray:
 
 
 def to_tokens(actions: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
-    """Tokens of actions; what lies outside the bins is clipped.
+    """Tokens of actions; actions outside the bins are clipped.
 
     :param actions: ``(..., A)``
     :param n_bins: tokens per dimension
@@ -56,7 +62,7 @@ def to_tokens(actions: np.ndarray, n_bins: int, bounds: Bounds | None = None) ->
 
 
 def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
-    """Actions that tokens stand for.
+    """The actions that tokens stand for.
 
     :param tokens: ``(..., A)`` int in [0, n_bins - 1]
     :param n_bins: tokens per dimension

@@ -32,13 +32,13 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Play and return the exit code: 2 for a user error, 1 if playing failed, 130 after Ctrl-C."""
+    """Play, and return the exit code: 2 for a mistake of the user's, 1 if playing failed, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     return run_command(lambda: Job(check(argv)))
 
 
 def check(argv: Sequence[str]) -> Any:
-    """The arguments, checked as far as that needs no environment.
+    """The command line, as far as it can be checked by itself.
 
     :raises ValueError: with what is wrong
     """
@@ -55,7 +55,7 @@ class Job:
     """A policy and an environment that is shown or filmed, ready to run.
 
     :param args: of :func:`check`
-    :raises ValueError: for any user error
+    :raises ValueError: for any mistake of the user's
     :raises TeacherError: if a teacher service does not answer
     """
 
