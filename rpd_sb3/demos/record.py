@@ -21,7 +21,7 @@ from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.labelling.vec_teacher import VecTeacher
 
 MAX_TRIES = 20
-"""Episodes played for each one that is wanted, before a teacher counts as too weak for ``only_successful``."""
+"""Episodes played for each one that is wanted; with fewer successes a teacher is too weak for ``only_successful``."""
 
 
 def record(
@@ -40,7 +40,7 @@ def record(
     neither on the number of environments nor on how long episodes last (to keep those that end first would prefer
     short ones), as long as the teacher draws nothing at random.
 
-    :param venv: environments with a :class:`~rpd_sb3.envs.VecTeacher`
+    :param venv: environments with a :class:`~rpd_sb3.labelling.VecTeacher`
     :param n_episodes: to keep
     :param only_successful: keep only episodes that were successful at some step, the first ``n_episodes`` of them
     :param noise: std of Gaussian noise on the actions that are executed; those that are recorded have none, so that they
@@ -100,7 +100,7 @@ class RecordedEpisode(NamedTuple):
 
 
 _Decide = Callable[[], tuple[np.ndarray, np.ndarray]]
-"""Gives the teacher's next actions: continuous ``(N, A)``, and as the environments take them."""
+"""Asks the teacher for its next actions: continuous ``(N, A)``, and as the environments take them."""
 
 
 def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Generator) -> _Decide:
@@ -115,7 +115,7 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
 
     def decide() -> tuple[np.ndarray, np.ndarray]:
         action = teacher.label()["action"]
-        if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
+        if n_bins is not None and taught == space:  # the teacher gives tokens
             return to_clipped_actions(action, n_bins, bounds), action
         continuous = teacher.adapter.clip(np.asarray(action, np.float32))
         executed = continuous
@@ -129,7 +129,7 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
 def _select(
     venv: VecEnv, decide: _Decide, n_episodes: int, only_successful: bool, seed: int | None, max_steps: int
 ) -> tuple[list[RecordedEpisode], list[bool | None]]:
-    """The episodes to keep, and the success of all that were played up to the last of them."""
+    """The episodes to keep, and the success of all that were played until the last of them."""
     kept: list[RecordedEpisode] = []
     played: list[bool | None] = []
     at_most = MAX_TRIES * n_episodes
@@ -143,10 +143,12 @@ def _select(
             venv.seed(seed + len(played))
         for episode in _play(venv, decide, max_steps)[: at_most - len(played)]:
             if only_successful and episode.success is None:
-                raise ValueError("the env reports no is_success: successful episodes cannot be told from others")
-            if len(kept) < n_episodes:
-                played.append(episode.success)
-                kept += [episode] * (bool(episode.success) or not only_successful)
+                raise ValueError("only_successful needs an env whose info has is_success, but it is missing")
+            if len(kept) == n_episodes:
+                break
+            played.append(episode.success)
+            if episode.success or not only_successful:
+                kept.append(episode)
     return kept, played
 
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger
 
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.episodes.play import EvalResult, Evaluator, student_actor, teacher_actor
+from rpd_sb3.episodes.play import EvalResult, Evaluator, Step, play, student_actor, teacher_actor
 from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.teachers import make_teacher
 from rpd_sb3.train.callbacks import EvalSuccessCallback
@@ -49,29 +49,6 @@ def model() -> Iterator[PPO]:
     venv = make_vec_env(TINY, 2, seed=0, vec_env="dummy")
     yield PPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=2, seed=0, device="cpu")
     venv.close()
-
-
-# Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I, method 3.
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_has_the_published_values(k: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(k, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 10**6), (10**6, 10**6)])
-def test_wilson_interval_stays_inside_and_holds_the_estimate(k: int, n: int) -> None:
-    low, high = wilson_interval(k, n)
-    assert 0 <= low <= k / n <= high <= 1
-    assert low < high
-
-
-@pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3), (0, 0)])
-def test_wilson_interval_of_impossible_counts(k: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"k={k} successes of n={n} trials"):
-        wilson_interval(k, n)
 
 
 @pytest.mark.parametrize("n_envs", [2, 3, 7, 20])
@@ -134,6 +111,25 @@ def test_returns_and_lengths_are_those_of_the_first_episode_of_each_environment(
             assert terminated == (t == length - 1)
     assert result.mean_length == np.mean(result.lengths)
     assert len(set(result.lengths)) > 1
+
+
+@pytest.mark.parametrize("n_episodes", [None, 1])
+def test_every_step_shows_what_was_acted_on_and_who_still_plays(n_episodes: int | None) -> None:
+    venv = make_vec_env(TINY, 3, seed=0, vec_env="dummy", stop=True)
+    steps: list[Step] = []
+    episodes = play(venv, go_to_goal, n_episodes=n_episodes, on_step=steps.append)
+    everybody = play(make_vec_env(TINY, 3, seed=0, vec_env="dummy", stop=True), go_to_goal)
+    assert episodes == everybody[:n_episodes]
+    lengths = [episode.length for episode in everybody]
+    assert len(set(lengths)) > 1
+    assert len(steps) == max(lengths), "environments that do not count play to the end as well"
+    playing = np.array([step.playing for step in steps])
+    assert playing.sum(axis=0).tolist() == lengths[:n_episodes] + [0] * (3 - len(episodes))
+    for step, following in zip(steps, steps[1:]):
+        assert np.array_equal(step.actions, go_to_goal(step.obs, step.dones))
+        moved = (following.obs[:, 0] - step.obs[:, 0])[~step.dones]
+        assert moved == pytest.approx(0.3 * step.actions[~step.dones, 0], abs=1e-6)
+        assert (step.rewards == [info["is_success"] for info in step.infos]).all()
 
 
 def test_success_is_none_where_the_environment_does_not_tell() -> None:
