@@ -54,9 +54,9 @@ def open_policy(args: Any, closing: ExitStack) -> NamedPolicy:
     :raises ValueError: if it cannot be loaded, or does not fit the environment
     :raises TeacherError: if a teacher service does not answer
     """
-    env_id, env_kwargs = args.env, parse_pairs(args.env_kwargs, "--env-kwargs")
-    if env_id:
-        check_env_id(env_id)
+    env_kwargs = parse_pairs(args.env_kwargs, "--env-kwargs")
+    if args.env:
+        check_env_id(args.env)
     if args.teacher:
         return _open_teacher(args, env_kwargs, closing)
     return _load_export(args, env_kwargs) if args.export else _load_student(args, env_kwargs)
