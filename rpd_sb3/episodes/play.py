@@ -167,14 +167,9 @@ class EvalResult(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the arrays, ready for JSON."""
-        return {
-            "success_once": self.success_once,
-            "success_at_end": self.success_at_end,
-            "n_episodes": self.n_episodes,
-            "ci95": None if self.ci95 is None else list(self.ci95),
-            "mean_return": self.mean_return,
-            "mean_length": self.mean_length,
-        }
+        arrays = ("returns", "lengths", "once", "at_end")
+        numbers = {name: value for name, value in self._asdict().items() if name not in arrays}
+        return numbers | {"ci95": None if self.ci95 is None else list(self.ci95)}
 
 
 class Evaluator:
