@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
 
@@ -55,11 +56,11 @@ def add_vec_env_flag(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
     parser.add_argument("--vec-env", choices=choices, help="in worker processes or in this one [subproc]", **kwargs)
 
 
-def add_player_flags(parser: argparse.ArgumentParser, verb: str, n_episodes: int) -> None:
-    """The flags that name a player, where it plays, and which episodes.
+def add_policy_flags(parser: argparse.ArgumentParser, verb: str, n_episodes: int) -> None:
+    """Adds the flags that name a policy, the environment it acts in, and the episodes.
 
     :param parser: of the command
-    :param verb: what the command does with the player, for the help
+    :param verb: what the command does with the policy, for the help
     :param n_episodes: how many episodes unless ``-n`` says so
     """
     add = parser.add_argument
@@ -83,19 +84,19 @@ def add_player_flags(parser: argparse.ArgumentParser, verb: str, n_episodes: int
     add("--device", default="auto", help="of the student: auto, cpu, cuda ... [auto]")
 
 
-def check_player(args: Any) -> None:
-    """Make sure that a command line names one player.
+def check_policy_flags(args: Any) -> None:
+    """Checks that a command line names one policy.
 
     :param args: with ``run``, ``export``, ``teacher``, ``teacher_kwargs`` and ``env``
     :raises ValueError: with what is wrong
     """
     if [args.run, args.export, args.teacher].count(None) != 2:
         raise ValueError(
-            "name one player: a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, an export, e.g. --export pick_policy, or a "
+            "name one policy: a run, e.g. --run logs/rpd_ppo/PickCube-v1_1, an export, e.g. --export pick_policy, or a "
             "teacher, e.g. --teacher scripted"
         )
     if args.teacher and args.env is None:
-        raise ValueError("--env is missing: where shall the teacher act, e.g. --env PickCube-v1")
+        raise ValueError("--env is missing: name the environment that the teacher acts in, e.g. --env PickCube-v1")
     if args.teacher_kwargs and not args.teacher:
         raise ValueError(f"--teacher-kwargs are for --teacher, not for {'--run' if args.run else '--export'}")
 
@@ -110,6 +111,18 @@ def check_at_least(given: Mapping[str, Any], minima: Mapping[str, int]) -> None:
     for key, minimum in minima.items():
         if (value := given.get(key)) is not None and value < minimum:
             raise ValueError(f"--{key.replace('_', '-')} {value} must be at least {minimum}")
+
+
+def check_folder_of(flag: str, file: str) -> None:
+    """Checks that the folder that a file is to be written to exists.
+
+    :param flag: that names the file
+    :param file: value of the flag
+    :raises ValueError: if it does not exist
+    """
+    folder = Path(file).parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {file}: folder {str(folder)!r} does not exist; make it first")
 
 
 def check_training_side() -> None:

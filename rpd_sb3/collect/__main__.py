@@ -16,6 +16,7 @@ from rpd_sb3.cli.common import (
     Parser,
     add_vec_env_flag,
     check_at_least,
+    check_folder_of,
     check_training_side,
     print_error,
     run_command,
@@ -26,7 +27,7 @@ AT_LEAST = {"n_episodes": 1, "n_envs": 1, "seed": 0, "fps": 1}
 
 
 def make_parser() -> Parser:
-    """Every flag."""
+    """The parser of the command line."""
     parser = Parser(prog="python -m rpd_sb3.collect", description=__doc__)
     add = parser.add_argument
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id")
@@ -38,7 +39,7 @@ def make_parser() -> Parser:
     add("--noise", type=float, default=0.0, metavar="STD", help="on the actions executed, not on those recorded [0]")
     add("--out", metavar="FILE", help="file to write: .npz, or .hdf5 or .h5 in robomimic's layout")
     add("--lerobot", metavar="DIR", help="also, or only, write a LeRobot dataset to a new folder")
-    add("--fps", type=whole_number, metavar="N", help="steps a second, for LeRobot [those of the environment]")
+    add("--fps", type=whole_number, metavar="N", help="steps per second, for LeRobot [those of the environment]")
     add("--overwrite", action="store_true", help="replace the file")
     add("--seed", type=whole_number, default=0, help="of the first episode; the next one has the next seed [0]")
     add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
@@ -60,22 +61,20 @@ def check(argv: Sequence[str]) -> Any:
     check_training_side()
     args = make_parser().parse_args(argv)
     if args.env is None or args.teacher is None:
-        raise ValueError("--env or --teacher is missing: who acts where, e.g. --env PickCube-v1 --teacher scripted")
+        raise ValueError("--env or --teacher is missing: name both, e.g. --env PickCube-v1 --teacher scripted")
     if args.out is None and args.lerobot is None:
-        raise ValueError("--out is missing: where shall the episodes go, e.g. --out demos.npz")
+        raise ValueError("--out is missing: name the file to write, e.g. --out demos.npz")
     check_at_least(vars(args), AT_LEAST)
     if not 0.0 <= args.noise < math.inf:
         raise ValueError(f"--noise {args.noise} must be a std, at least 0")
-    from rpd_sb3.demos.files import check_suffix
-    from rpd_sb3.demos.formats import check_lerobot
+    from rpd_sb3.demos.files import check_lerobot, check_suffix
 
     if args.out is not None:
         path = Path(args.out)
         check_suffix(path)
         if path.is_dir() or (path.exists() and not args.overwrite):
             raise ValueError(f"--out {args.out} exists already; name another file or add --overwrite")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"--out {args.out}: folder {str(path.parent)!r} does not exist; make it first")
+        check_folder_of("--out", args.out)
     if args.lerobot is not None:
         check_lerobot(Path(args.lerobot))
     return args
@@ -108,22 +107,21 @@ class Job:
             venv = make_vec_env(args.env, n_envs, vec_env=args.vec_env, teacher=teacher.spec, **env_kwargs)
             closing.callback(venv.close)
             self.venv = VecTeacher(venv, teacher, label_fraction=0.0)
-            self.metadata = {"env_id": args.env, "env_kwargs": env_kwargs} | _describe(self.venv)
+            self.metadata = {"env_id": args.env, "env_kwargs": env_kwargs} | _environment_facts(self.venv)
             self.metadata |= {"teacher": args.teacher, "teacher_kwargs": teacher_kwargs}
             self.fps: float | None = args.fps or self.metadata.get("fps")
             if args.lerobot and self.fps is None:
-                raise ValueError(
-                    f"env {args.env!r} does not say how many steps a second it takes; name them with --fps"
-                )
+                raise ValueError(f"env {args.env!r} does not say how many steps it takes in a second; give --fps")
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:
-        """Record the episodes, write them, and say how it went."""
-        from rpd_sb3.demos.files import save
-        from rpd_sb3.demos.formats import export_lerobot
+        """Record the episodes, write them and print a summary."""
+        from rpd_sb3.demos.files import export_lerobot, save
         from rpd_sb3.demos.record import record
 
-        args, start, written = self.args, time.monotonic(), []
+        args = self.args
+        start = time.monotonic()
+        written: list[str] = []
         try:
             demos = record(
                 self.venv,
@@ -145,7 +143,8 @@ class Job:
         except (ValueError, OSError) as error:
             print_error(error)
             return RUN_ERROR
-        rate, played = demos.metadata["success_rate"], demos.metadata["n_played"]
+        rate = demos.metadata["success_rate"]
+        played = demos.metadata["n_played"]
         success = "success not reported" if rate is None else f"success {rate:.0%} of {played} played"
         seconds = time.monotonic() - start
         sizes = f"{demos.n_episodes} episodes, {len(demos.actions):,} transitions"
@@ -156,8 +155,8 @@ class Job:
         self._closing.close()
 
 
-def _describe(venv: Any) -> dict[str, Any]:
-    """What the environments say about themselves: control mode, instruction, steps a second."""
+def _environment_facts(venv: Any) -> dict[str, Any]:
+    """Control mode, instruction and steps per second (``fps``), those of them that the environments tell."""
     facts = {}
     for name, attribute in (("control_mode", "control_mode"), ("instruction", "instruction"), ("fps", "control_freq")):
         if venv.has_attr(attribute):

@@ -1,4 +1,4 @@
-"""Having a teacher play whole episodes, and keeping what the student would have seen.
+"""Records whole episodes that a teacher plays, as the student would have seen them.
 
 Shape letters: N environments, A action dimensions, T steps of an episode.
 """
@@ -13,14 +13,15 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
-from rpd_sb3.contract.bins import acted, to_tokens, token_bins
+from rpd_sb3.contract.bins import to_clipped_actions, to_tokens, token_bins
 from rpd_sb3.demos.files import Demonstrations, Observation, each
 from rpd_sb3.envs.action_tokens import find_token_bounds
+from rpd_sb3.episodes.play import Step, play
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.labelling.vec_teacher import VecTeacher
 
 MAX_TRIES = 20
-"""Episodes played for each one that is wanted, before a teacher counts as too weak for ``only_successful``."""
+"""Episodes played for each one that is wanted; with fewer successes a teacher is too weak for ``only_successful``."""
 
 
 def record(
@@ -33,13 +34,13 @@ def record(
     max_steps: int = 10_000,
     metadata: Mapping[str, Any] | None = None,
 ) -> Demonstrations:
-    """Have the teacher play whole episodes, and keep what the student would have seen.
+    """Whole episodes that the teacher plays, as the student would have seen them.
 
     All environments play one episode, then all the next, and episode i has seed ``seed + i``: what is kept depends
-    neither on the number of environments nor on how long episodes last (whoever keeps those that end first prefers
+    neither on the number of environments nor on how long episodes last (to keep those that end first would prefer
     short ones), as long as the teacher draws nothing at random.
 
-    :param venv: environments with a :class:`~rpd_sb3.envs.VecTeacher`
+    :param venv: environments with a :class:`~rpd_sb3.labelling.VecTeacher`
     :param n_episodes: to keep
     :param only_successful: keep only episodes that were successful at some step, the first ``n_episodes`` of them
     :param noise: std of Gaussian noise on the actions that are executed; those that are recorded have none, so that they
@@ -55,7 +56,8 @@ def record(
         raise ValueError("record needs a teacher: wrap the env, e.g. record(VecTeacher(venv, teacher), n_episodes=100)")
     if n_episodes < 1:
         raise ValueError(f"record: n_episodes={n_episodes} must be at least 1")
-    spec, fraction = vec_teacher.teacher.spec, vec_teacher.label_fraction
+    spec = vec_teacher.teacher.spec
+    fraction = vec_teacher.label_fraction
     decide = _decider(vec_teacher, venv, noise, np.random.default_rng(seed))
     vec_teacher.set_label_fraction(0.0)  # label() asks already
     try:
@@ -84,20 +86,28 @@ def record(
     )
 
 
-class _Episode(NamedTuple):
-    observations: Observation  # (T, ...)
+class RecordedEpisode(NamedTuple):
+    """One episode of T steps."""
+
+    observations: Observation
+    """``(T, ...)``, or a dict of such arrays."""
     actions: np.ndarray
+    """``(T, A)``, continuous"""
     rewards: np.ndarray
+    """``(T,)``"""
     success: bool | None
+    """At some step; None if the environment does not report it."""
 
 
 _Decide = Callable[[], tuple[np.ndarray, np.ndarray]]
-"""Gives the teacher's next actions: continuous ``(N, A)``, and as the environments take them."""
+"""Asks the teacher for its next actions: continuous ``(N, A)``, and as the environments take them."""
 
 
 def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Generator) -> _Decide:
-    space, bounds, taught = venv.action_space, find_token_bounds(venv), teacher.teacher.spec.action_space
+    space = venv.action_space
     n_bins = token_bins(space)
+    bounds = find_token_bounds(venv)
+    taught = teacher.teacher.spec.action_space
     if noise and not isinstance(taught, spaces.Box):
         raise ValueError(f"record: noise={noise} is for continuous actions, but the teacher gives {taught}")
     if n_bins is None and not isinstance(space, spaces.Box):
@@ -105,8 +115,8 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
 
     def decide() -> tuple[np.ndarray, np.ndarray]:
         action = teacher.label()["action"]
-        if n_bins is not None and taught == space:  # a teacher that speaks in tokens itself
-            return acted(action, n_bins, bounds), action
+        if n_bins is not None and taught == space:  # the teacher gives tokens
+            return to_clipped_actions(action, n_bins, bounds), action
         continuous = teacher.adapter.clip(np.asarray(action, np.float32))
         executed = continuous
         if noise:
@@ -118,9 +128,9 @@ def _decider(teacher: VecTeacher, venv: VecEnv, noise: float, rng: np.random.Gen
 
 def _select(
     venv: VecEnv, decide: _Decide, n_episodes: int, only_successful: bool, seed: int | None, max_steps: int
-) -> tuple[list[_Episode], list[bool | None]]:
-    """The episodes to keep, and the success of all that were played up to the last of them."""
-    kept: list[_Episode] = []
+) -> tuple[list[RecordedEpisode], list[bool | None]]:
+    """The episodes to keep, and the success of all that were played until the last of them."""
+    kept: list[RecordedEpisode] = []
     played: list[bool | None] = []
     at_most = MAX_TRIES * n_episodes
     while len(kept) < n_episodes:
@@ -133,38 +143,38 @@ def _select(
             venv.seed(seed + len(played))
         for episode in _play(venv, decide, max_steps)[: at_most - len(played)]:
             if only_successful and episode.success is None:
-                raise ValueError("the env reports no is_success: successful episodes cannot be told from others")
-            if len(kept) < n_episodes:
-                played.append(episode.success)
-                kept += [episode] * (bool(episode.success) or not only_successful)
+                raise ValueError("only_successful needs an env whose info has is_success, but it is missing")
+            if len(kept) == n_episodes:
+                break
+            played.append(episode.success)
+            if episode.success or not only_successful:
+                kept.append(episode)
     return kept, played
 
 
-def _play(venv: VecEnv, decide: _Decide, max_steps: int) -> list[_Episode]:
-    """One episode in each environment, in step; an environment that is done waits for the others."""
-    lengths = np.zeros(venv.num_envs, dtype=int)
-    successes: list[bool | None] = [None] * venv.num_envs
-    observations: list[Any] = []
+def _play(venv: VecEnv, decide: _Decide, max_steps: int) -> list[RecordedEpisode]:
+    """One episode in each environment."""
+    observations: list[Observation] = []
     actions: list[np.ndarray] = []
     rewards: list[np.ndarray] = []
-    obs = venv.reset()
-    while not lengths.all():
-        if len(rewards) == max_steps:
-            raise ValueError(f"an episode has not ended after max_steps={max_steps} steps; give the env a time limit")
-        continuous, action = decide()
-        observations.append(each(np.array, obs))
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        continuous, executed = decide()
         actions.append(continuous)
-        obs, reward, dones, infos = venv.step(action)
-        rewards.append(np.array(reward, np.float32))
-        for i in np.flatnonzero(lengths == 0):
-            if (success := infos[i].get("is_success")) is not None:
-                successes[i] = bool(successes[i]) or bool(success)
-            if dones[i]:
-                lengths[i] = len(rewards)
+        return executed
+
+    def on_step(step: Step) -> None:
+        observations.append(each(np.array, step.obs))
+        rewards.append(np.array(step.rewards, np.float32))
+        if len(rewards) == max_steps and (step.playing & ~step.dones).any():
+            raise ValueError(f"an episode has not ended after max_steps={max_steps} steps; give the env a time limit")
+
+    episodes = play(venv, act, on_step=on_step)
 
     def rows(i: int, steps: list[Any]) -> Any:
-        return each(lambda *values: np.stack([value[i] for value in values]), *steps[: lengths[i]])
+        return each(lambda *values: np.stack([value[i] for value in values]), *steps[: episodes[i].length])
 
     return [
-        _Episode(rows(i, observations), rows(i, actions), rows(i, rewards), successes[i]) for i in range(venv.num_envs)
+        RecordedEpisode(rows(i, observations), rows(i, actions), rows(i, rewards), episode.once)
+        for i, episode in enumerate(episodes)
     ]

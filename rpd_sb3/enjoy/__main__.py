@@ -12,9 +12,10 @@ from rpd_sb3.cli.common import (
     RUN_ERROR,
     Interrupt,
     Parser,
-    add_player_flags,
+    add_policy_flags,
     check_at_least,
-    check_player,
+    check_folder_of,
+    check_policy_flags,
     check_training_side,
     print_error,
     run_command,
@@ -22,10 +23,10 @@ from rpd_sb3.cli.common import (
 
 
 def make_parser() -> Parser:
-    """Every flag."""
+    """The parser of the command line."""
     parser = Parser(prog="python -m rpd_sb3.enjoy", description=__doc__)
     add = parser.add_argument
-    add_player_flags(parser, "watch", n_episodes=5)
+    add_policy_flags(parser, "watch", n_episodes=5)
     add("--record", metavar="FILE", help="film it, as .mp4 or .gif, instead of showing a window")
     return parser
 
@@ -44,16 +45,14 @@ def check(argv: Sequence[str]) -> Any:
     check_training_side()
     args = make_parser().parse_args(argv)
     check_at_least(vars(args), {"n_episodes": 1, "seed": 0})
-    if args.record is not None and not Path(args.record).absolute().parent.is_dir():
-        raise ValueError(
-            f"--record {args.record}: folder {str(Path(args.record).parent)!r} does not exist; make it first"
-        )
-    check_player(args)
+    if args.record is not None:
+        check_folder_of("--record", args.record)
+    check_policy_flags(args)
     return args
 
 
 class Job:
-    """Somebody on a stage, and somebody who looks.
+    """A policy and an environment that is shown or filmed, ready to run.
 
     :param args: of :func:`check`
     :raises ValueError: for any mistake of the user's
@@ -61,33 +60,33 @@ class Job:
     """
 
     def __init__(self, args: Any) -> None:
-        from rpd_sb3.episodes.film import Film, Stage, Window
-        from rpd_sb3.evaluate.policy_source import open_player
+        from rpd_sb3.episodes.film import Film, RenderedEnv, Window
+        from rpd_sb3.evaluate.policy_source import open_policy
 
         self.args = args
         with ExitStack() as closing:
-            look = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
-            self.player = open_player(args, closing)
-            self.stage = closing.enter_context(
-                Stage(self.player.env_id, self.player.env_kwargs, look, self.player.actor, self.player.teacher)
+            viewer = Window() if args.record is None else closing.enter_context(Film(Path(args.record)))
+            self.policy = open_policy(args, closing)
+            self.env = closing.enter_context(
+                RenderedEnv(self.policy.env_id, self.policy.env_kwargs, viewer, self.policy.actor, self.policy.teacher)
             )
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:
-        """Play the episodes, and say how each one went."""
-        from rpd_sb3.episodes.play import describe, summarise
+        """Play the episodes and print how each one went."""
+        from rpd_sb3.episodes.play import describe, summarize
 
-        print(f"{self.player.name} on {self.player.env_id}", flush=True)
+        print(f"{self.policy.name} on {self.policy.env_id}", flush=True)
         episodes = []
         try:
             for i in range(self.args.n_episodes):
-                episode = self.stage.play(self.args.seed + i)
+                episode = self.env.play(self.args.seed + i)
                 episodes.append(episode)
-                print(f"episode {i + 1}, seed {self.args.seed + i}: {in_words(episode)}", flush=True)
+                print(f"episode {i + 1}, seed {self.args.seed + i}: {describe_episode(episode)}", flush=True)
         except (ValueError, OSError) as error:
             print_error(error)
             return RUN_ERROR
-        print(f"{len(episodes)} episodes: {describe(summarise(episodes))}")
+        print(f"{len(episodes)} episodes: {describe(summarize(episodes))}")
         if self.args.record is not None:
             self._closing.close()  # the film ends here
             print(f"{self.args.record} {Path(self.args.record).stat().st_size / 1e6:.1f} MB")
@@ -97,15 +96,15 @@ class Job:
         self._closing.close()
 
 
-def in_words(episode: Any) -> str:
-    """How one episode went, in a line.
+def describe_episode(episode: Any) -> str:
+    """One episode in a line.
 
     :param episode: an :class:`rpd_sb3.episodes.play.Episode`
     """
     success = {None: "", True: "success, ", False: "no success, "}[episode.once]
     if episode.once and not episode.at_end:
         success = "success, lost again, "
-    return f"{success}length {episode.length}, return {episode.ret:.2f}"
+    return f"{success}length {episode.length}, return {episode.episode_return:.2f}"
 
 
 if __name__ == "__main__":

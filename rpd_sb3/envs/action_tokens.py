@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import N_BINS, Bounds, acted, to_tokens, token_bins
+from rpd_sb3.contract.bins import N_BINS, Bounds, to_clipped_actions, to_tokens, token_bins
 
 
 class ActionTokens(gym.ActionWrapper):
@@ -42,7 +42,7 @@ class ActionTokens(gym.ActionWrapper):
 
     def action(self, action: np.ndarray) -> np.ndarray:
         """Bin centres (A,) float32 of tokens (A,)."""
-        return acted(np.asarray(action), self.n_bins, self.token_bounds)
+        return to_clipped_actions(np.asarray(action), self.n_bins, self.token_bounds)
 
 
 def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = None) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Playing episodes: for a result, for a film, for a comparison."""
+"""Plays episodes: for evaluation, for films, and to compare a student with its teacher."""

@@ -1,4 +1,4 @@
-"""One environment that somebody plays in and somebody looks at, on a film or in a window."""
+"""Episodes of one environment on film or in a window."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = (".mp4", ".gif")
 
 
 class Film:
-    """Writes frames to a file, H.264 in yuv420p, which every browser plays, or GIF.
+    """Writes frames to an MP4 file (H.264 in yuv420p, which every browser plays) or a GIF file.
 
     :param path: ``.mp4`` or ``.gif`` file
     :raises ValueError: for another suffix, or if imageio is missing
@@ -39,17 +39,18 @@ class Film:
             import imageio.v2 as imageio
         except ImportError as error:
             raise ValueError("imageio is not installed: pip install imageio imageio-ffmpeg") from error
-        self._imageio, self._path = imageio, path
+        self._imageio = imageio
+        self._path = path
         self._writer: Any = None
 
     def __call__(self, env: gym.Env) -> None:
-        """Add what the environment looks like.
+        """Add a frame of the environment.
 
         :raises ValueError: if it does not render an RGB image
         """
-        frame = np.asarray(env.render())
+        frame = np.asarray(render(env))
         if not (frame.ndim == 3 and frame.shape[-1] == 3):
-            raise ValueError(f"the environment renders something of shape {frame.shape}")
+            raise ValueError(f"the environment renders an array of shape {frame.shape}, not an RGB image (H, W, 3)")
         if self._writer is None:
             fps = frame_rate(env)
             if self._path.suffix == ".gif":
@@ -83,17 +84,17 @@ class Window:
         self._due = 0.0
 
     def __call__(self, env: gym.Env) -> None:
-        env.render()
+        render(env)
         time.sleep(max(0.0, self._due - time.monotonic()))
         self._due = time.monotonic() + 1 / frame_rate(env)
 
 
-class Stage:
-    """One environment that is looked at; its episodes are those of an :class:`~rpd_sb3.episodes.play.Evaluator`.
+class RenderedEnv:
+    """Plays seeded episodes, those of an :class:`~rpd_sb3.episodes.play.Evaluator`, in one environment that is rendered.
 
     :param env_id: as in :func:`rpd_sb3.envs.make_env`
     :param env_kwargs: its options
-    :param look: called with the environment at the start of each episode and after each step
+    :param viewer: called with the environment at the start of each episode and after each step
     :param make_actor: gives the policy that acts in these environments
     :param teacher: for a policy that asks it; None: there is none
     :raises ValueError: if the environment does not render, or does not fit the policy
@@ -103,17 +104,17 @@ class Stage:
         self,
         env_id: str,
         env_kwargs: dict[str, Any],
-        look: Film | Window,
+        viewer: Film | Window,
         make_actor: Callable[[VecEnv], Actor],
         teacher: Teacher | None = None,
     ) -> None:
         options = evaluation_options(env_id, env_kwargs)
         spec = None if teacher is None else teacher.spec
         try:
-            env = make_env(env_id, teacher=spec, render_mode=look.render_mode, **options)
+            env = make_env(env_id, teacher=spec, render_mode=viewer.render_mode, **options)
         except (gym.error.Error, TypeError, ImportError, RuntimeError) as error:
             raise ValueError(f"env {env_id!r} does not render: {error}") from error
-        self.venv: VecEnv = DummyVecEnv([lambda: Camera(env, look)])
+        self.venv: VecEnv = DummyVecEnv([lambda: ViewedSteps(env, viewer)])
         try:
             if teacher is not None:
                 self.venv = VecTeacher(self.venv, teacher, label_fraction=0.0)
@@ -131,7 +132,7 @@ class Stage:
     def close(self) -> None:
         self.venv.close()
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> RenderedEnv:
         return self
 
     def __exit__(
@@ -140,31 +141,42 @@ class Stage:
         self.close()
 
 
-class Camera(gym.Wrapper):
-    """Looks at the environment after each step, and at the start of those episodes that are asked for by their seed.
+class ViewedSteps(gym.Wrapper):
+    """Calls a viewer after each step, and after each reset with a seed.
 
-    A VecEnv resets an environment as soon as its episode ends, and nobody wants to see that.
+    A VecEnv resets an environment, without a seed, as soon as its episode ends: that reset is not shown.
 
-    :param env: that renders
-    :param look: called with the environment
+    :param env: environment that renders
+    :param viewer: called with the environment
     """
 
-    def __init__(self, env: gym.Env, look: Callable[[gym.Env], None]) -> None:
+    def __init__(self, env: gym.Env, viewer: Callable[[gym.Env], None]) -> None:
         super().__init__(env)
-        self._look = look
+        self._viewer = viewer
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         result = self.env.reset(seed=seed, options=options)
         if seed is not None:
-            self._look(self.env)
+            self._viewer(self.env)
         return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
-        self._look(self.env)
+        self._viewer(self.env)
         return result
 
 
+def render(env: gym.Env) -> Any:
+    """``env.render()``.
+
+    :raises ValueError: if the environment does not implement it
+    """
+    try:
+        return env.render()
+    except NotImplementedError as error:
+        raise ValueError(f"env {env.unwrapped} does not render: it does not implement render()") from error
+
+
 def frame_rate(env: gym.Env) -> int:
-    """Steps a second of the environment's time, 30 if it does not say."""
+    """Frames per second: the environment's steps in a second, 30 if it does not say."""
     return int(getattr(env.unwrapped, "control_freq", None) or env.metadata.get("render_fps") or 30)

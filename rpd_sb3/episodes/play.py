@@ -1,17 +1,16 @@
-"""Students and teachers in one harness: the same seeded episodes for everybody.
+"""Plays seeded episodes with a student or a teacher, and says how they went.
 
 Shape letters: N environments, K episodes.
 """
 
 from __future__ import annotations
 
-import random
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -21,6 +20,7 @@ from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.factory import evaluation_options
+from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
 
@@ -29,6 +29,119 @@ EVAL_SEED = 10_000
 
 Actor = Callable[[Any, np.ndarray], np.ndarray]
 """(batched observation, (N,) bool True where an episode starts) to (N, ...) actions."""
+
+
+class Step(NamedTuple):
+    """One step of N environments."""
+
+    obs: Any
+    """The batched observation that ``actions`` answers."""
+    actions: np.ndarray
+    rewards: np.ndarray
+    """(N,)"""
+    dones: np.ndarray
+    """(N,) bool"""
+    infos: Sequence[dict[str, Any]]
+    playing: np.ndarray
+    """(N,) bool: the step belongs to an episode that counts. False where an environment waits for the others."""
+
+
+class Episode(NamedTuple):
+    """How one episode went. Success is None if the environment does not report it."""
+
+    episode_return: float
+    length: int
+    once: bool | None
+    """Successful at some step."""
+    at_end: bool | None
+    """Successful at the last step."""
+
+
+def episode_steps(venv: VecEnv, act: Actor) -> Iterator[Step]:
+    """Plays one episode in each environment, all at once; an environment that is done acts on until all are.
+
+    :param venv: N environments, seeded
+    :param act: gives the actions
+    :return: the steps, each after it was taken
+    """
+    obs = venv.reset()
+    starts = np.ones(venv.num_envs, dtype=bool)
+    playing = starts
+    while playing.any():
+        actions = act(obs, starts)
+        next_obs, rewards, starts, infos = venv.step(actions)
+        yield Step(obs, actions, rewards, starts, infos, playing)
+        playing = playing & ~starts
+        obs = next_obs
+
+
+def play(
+    venv: VecEnv, act: Actor, *, n_episodes: int | None = None, on_step: Callable[[Step], None] | None = None
+) -> list[Episode]:
+    """Plays one episode in each environment and says how they went.
+
+    :param venv: N environments, seeded
+    :param act: gives the actions
+    :param n_episodes: only those of the first environments count; None: all N
+    :param on_step: called after each step
+    :return: the episodes that count, in the order of the environments
+    """
+    n = venv.num_envs
+    counts = np.arange(n) < (n if n_episodes is None else n_episodes)
+    returns, once = np.zeros(n), np.zeros(n, dtype=bool)
+    episodes: dict[int, Episode] = {}
+    for length, step in enumerate(episode_steps(venv, act), start=1):
+        step = step._replace(playing=step.playing & counts)
+        for i in np.flatnonzero(step.playing).tolist():
+            returns[i] += step.rewards[i]
+            success = step.infos[i].get("is_success")
+            once[i] |= bool(success)
+            if step.dones[i]:
+                known = success is not None
+                episodes[i] = Episode(
+                    returns[i], length, bool(once[i]) if known else None, bool(success) if known else None
+                )
+        if on_step is not None:
+            on_step(step)
+    return [episodes[i] for i in sorted(episodes)]
+
+
+def student_actor(model: BaseAlgorithm) -> Actor:
+    """The model's deterministic actions, which do not depend on N; recurrent models keep their state between steps."""
+    state: Any = None
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        nonlocal state
+        n = len(episode_starts)
+        obs, starts = pad_to_multiple_of_8(obs, n), pad_to_multiple_of_8(episode_starts, n)
+        actions, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
+        return actions[:n]
+
+    return act
+
+
+def pad_to_multiple_of_8(batch: Any, n: int) -> Any:
+    """A batch, array or mapping, with its n rows repeated up to a multiple of 8.
+
+    Otherwise rounding on the CPU depends on the batch size (measured: 5e-9 for an MLP), and contacts amplify it.
+    """
+    rows = np.arange(-(-n // 8) * 8) % n
+    return {key: value[rows] for key, value in batch.items()} if isinstance(batch, dict) else batch[rows]
+
+
+def teacher_actor(venv: VecEnv) -> Actor:
+    """The teacher's action label, clipped to the action space or as tokens; the observation is the teacher's own."""
+    vec_teacher = find_vec_teacher(venv)
+    assert vec_teacher is not None, "these environments have no teacher"
+    space = venv.action_space
+    n_bins = None if vec_teacher.teacher.spec.action_space == space else token_bins(space)
+    bounds = find_token_bounds(venv)
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        action = vec_teacher.adapter.clip(vec_teacher.label()["action"])
+        return action if n_bins is None else to_tokens(action, n_bins, bounds)
+
+    return act
 
 
 class EvalResult(NamedTuple):
@@ -54,59 +167,17 @@ class EvalResult(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the arrays, ready for JSON."""
-        return {
-            "success_once": self.success_once,
-            "success_at_end": self.success_at_end,
-            "n_episodes": self.n_episodes,
-            "ci95": None if self.ci95 is None else list(self.ci95),
-            "mean_return": self.mean_return,
-            "mean_length": self.mean_length,
-        }
-
-
-def student_actor(model: BaseAlgorithm) -> Actor:
-    """The model's deterministic action, of :func:`in_eights`; recurrent models keep their state from step to step."""
-    state: Any = None
-
-    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
-        nonlocal state
-        obs, starts = in_eights(obs, len(episode_starts)), in_eights(episode_starts, len(episode_starts))
-        actions, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
-        return actions[: len(episode_starts)]
-
-    return act
-
-
-def in_eights(batch: Any, n: int) -> Any:
-    """A batch, array or mapping, with its n rows repeated up to a multiple of 8.
-
-    Otherwise rounding on the CPU depends on the batch size (measured: 5e-9 for an MLP), and contacts amplify it.
-    """
-    rows = np.arange(-(-n // 8) * 8) % n
-    return {key: value[rows] for key, value in batch.items()} if isinstance(batch, dict) else batch[rows]
-
-
-def teacher_actor(venv: VecEnv) -> Actor:
-    """The teacher's action label, clipped to the action space or as tokens; the observation is the teacher's own."""
-    vec_teacher = find_vec_teacher(venv)
-    assert vec_teacher is not None, "these environments have no teacher"
-    space = venv.action_space
-    n_bins = None if vec_teacher.teacher.spec.action_space == space else token_bins(space)
-    bounds = find_token_bounds(venv)
-
-    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
-        action = vec_teacher.adapter.clip(vec_teacher.label()["action"])
-        return action if n_bins is None else to_tokens(action, n_bins, bounds)
-
-    return act
+        arrays = ("returns", "lengths", "once", "at_end")
+        numbers = {name: value for name, value in self._asdict().items() if name not in arrays}
+        return numbers | {"ci95": None if self.ci95 is None else list(self.ci95)}
 
 
 class Evaluator:
-    """The same episodes for everybody, in environments of their own that are made once, when first needed.
+    """Plays the same seeded episodes for every policy, in environments of its own that are made when first needed.
 
     Episode i is seeded with ``seed + i``, whatever the number of environments. A ManiSkill episode goes on after success,
-    so that ``success_once`` and ``success_at_end`` both mean something; others end as they do. Nothing here
-    touches the random generators of training.
+    so that ``success_once`` and ``success_at_end`` both mean something; others end as they do. The global random
+    generators, which training uses, stay as they were.
 
     :param env_id: as in :func:`rpd_sb3.envs.make_env`
     :param env_kwargs: its options
@@ -116,6 +187,7 @@ class Evaluator:
     :param vec_env: ``subproc`` or ``dummy``
     :param teacher: if the teacher itself is to be evaluated; never asked about a student's episodes. A noisy teacher should
         not be the one that labels in training: its noise would depend on the evaluations. Its results depend on N
+    :raises ValueError: if ``n_episodes`` is below 1
     """
 
     def __init__(
@@ -131,16 +203,22 @@ class Evaluator:
     ) -> None:
         if n_episodes < 1:
             raise ValueError(f"n_episodes={n_episodes} must be at least 1")
-        self.n_episodes, self.seed = n_episodes, seed
-        self._env_id, self._env_kwargs = env_id, env_kwargs or {}
+        self.n_episodes = n_episodes
+        self.seed = seed
+        self._env_id = env_id
+        self._env_kwargs = env_kwargs or {}
         self._options = evaluation_options(env_id, self._env_kwargs)
-        self._n_envs, self._vec_env, self._teacher, self._shown = min(n_envs, n_episodes), vec_env, teacher, True
+        self._n_envs = min(n_envs, n_episodes)
+        self._vec_env = vec_env
+        self._teacher = teacher
+        self._teacher_hidden = False
         self._venv: VecEnv | None = None
 
     @property
     def venv(self) -> VecEnv:
+        """The environments, with the teacher unless it is hidden."""
         if self._venv is None:
-            teacher = self._teacher if self._shown else None
+            teacher = None if self._teacher_hidden else self._teacher
             spec = None if teacher is None else teacher.spec
             venv = make_vec_env(self._env_id, self._n_envs, vec_env=self._vec_env, teacher=spec, **self._options)
             self._venv = venv if teacher is None else VecTeacher(venv, teacher, label_fraction=0.0)
@@ -159,38 +237,43 @@ class Evaluator:
         looks = any(name.startswith("images.") for name in self._teacher.spec.inputs)
         if looks or self._options.get("obs", "state") == "state":
             return self.evaluate(teacher_actor(self.venv))
-        with closing(self._like(self._options | {"obs": "state"})) as blind:
+        with closing(self._with_options(self._options | {"obs": "state"})) as blind:
             return blind.teacher()
 
-    def as_trained(self) -> Evaluator:
-        """One for the same episodes, which end where those of training do."""
-        return self._like(self._env_kwargs)
+    def with_training_ends(self) -> Evaluator:
+        """An evaluator of the same episodes, which end where those of training do; the teacher is not hidden."""
+        return self._with_options(self._env_kwargs)
 
-    def _like(self, options: dict[str, Any]) -> Evaluator:
-        same: dict[str, Any] = {"n_envs": self._n_envs, "vec_env": self._vec_env, "teacher": self._teacher}
-        other = Evaluator(self._env_id, n_episodes=self.n_episodes, seed=self.seed, **same)
+    def _with_options(self, options: dict[str, Any]) -> Evaluator:
+        other = copy.copy(self)
         other._options = options
+        other._teacher_hidden = False
+        other._venv = None
         return other
 
-    def evaluate(self, act: Actor, n_episodes: int | None = None) -> EvalResult:
+    def evaluate(
+        self, act: Actor, n_episodes: int | None = None, on_step: Callable[[Step], None] | None = None
+    ) -> EvalResult:
         """Play the episodes.
 
-        :param act: who plays
+        :param act: gives the actions
         :param n_episodes: only the first ones; None: all
+        :param on_step: called after each step
         """
-        n_episodes, episodes = n_episodes or self.n_episodes, list[Episode]()
-        with untouched_rng():
+        n_episodes = self.n_episodes if n_episodes is None else n_episodes
+        episodes: list[Episode] = []
+        with preserved_rng():
             venv = self.venv
             while len(episodes) < n_episodes:
                 venv.seed(self.seed + len(episodes))
-                episodes += play(venv, act)
-        return summarise(episodes[:n_episodes])
+                episodes += play(venv, act, n_episodes=n_episodes - len(episodes), on_step=on_step)
+        return summarize(episodes)
 
     def hide_teacher(self) -> None:
-        """From now on render nothing for the teacher, which can neither be evaluated nor asked any more."""
-        if self._shown and self._teacher is not None:
+        """From now on render nothing for the teacher, which can then be neither evaluated nor asked."""
+        if self._teacher is not None and not self._teacher_hidden:
             self.close()
-        self._shown = False
+        self._teacher_hidden = True
 
     def close(self) -> None:
         if self._venv is not None:
@@ -198,49 +281,9 @@ class Evaluator:
             self._venv = None
 
 
-class Episode(NamedTuple):
-    """How one episode went. Success is None if the environment does not report it."""
-
-    ret: float
-    length: int
-    once: bool | None
-    """Successful at some step."""
-    at_end: bool | None
-    """Successful at the last step."""
-
-
-def play(venv: VecEnv, act: Actor) -> list[Episode]:
-    """One episode in each environment, in step; an environment that is done waits for the others.
-
-    :param venv: N environments, seeded
-    :param act: who plays
-    """
-    n = venv.num_envs
-    obs = venv.reset()
-    starts = np.ones(n, dtype=bool)
-    returns, once = np.zeros(n), np.zeros(n, dtype=bool)
-    episodes: list[Episode | None] = [None] * n
-    length = 0
-    while any(episode is None for episode in episodes):
-        obs, rewards, starts, infos = venv.step(act(obs, starts))
-        length += 1
-        for i, info in enumerate(infos):
-            if episodes[i] is not None:
-                continue
-            returns[i] += rewards[i]
-            success = info.get("is_success")
-            once[i] |= bool(success)
-            if starts[i]:
-                known = success is not None
-                episodes[i] = Episode(
-                    returns[i], length, bool(once[i]) if known else None, bool(success) if known else None
-                )
-    return [episode for episode in episodes if episode is not None]
-
-
-def summarise(episodes: Sequence[Episode]) -> EvalResult:
-    """What the episodes amount to, at least one."""
-    returns = np.array([episode.ret for episode in episodes])
+def summarize(episodes: Sequence[Episode]) -> EvalResult:
+    """The statistics of at least one episode."""
+    returns = np.array([episode.episode_return for episode in episodes])
     lengths = np.array([episode.length for episode in episodes])
     once = at_end = None
     if all(episode.once is not None for episode in episodes):
@@ -267,18 +310,3 @@ def describe(result: EvalResult) -> str:
         return text
     low, high = result.ci95
     return f"success {result.success_once:.0%} [{low:.0%}, {high:.0%}], at end {result.success_at_end:.0%}, {text}"
-
-
-@contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leave Python's, NumPy's and PyTorch's global generators as they were, whatever happens inside."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    torch, cuda = th.get_rng_state(), th.cuda.get_rng_state_all() if th.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        th.set_rng_state(torch)
-        if cuda:
-            th.cuda.set_rng_state_all(cuda)

@@ -12,10 +12,11 @@ from typing import Any
 from rpd_sb3.cli.common import (
     Interrupt,
     Parser,
-    add_player_flags,
+    add_policy_flags,
     add_vec_env_flag,
     check_at_least,
-    check_player,
+    check_folder_of,
+    check_policy_flags,
     check_training_side,
     run_command,
     whole_number,
@@ -23,10 +24,10 @@ from rpd_sb3.cli.common import (
 
 
 def make_parser() -> Parser:
-    """Every flag."""
+    """The parser of the command line."""
     parser = Parser(prog="python -m rpd_sb3.evaluate", description=__doc__)
     add = parser.add_argument
-    add_player_flags(parser, "evaluate", n_episodes=100)
+    add_policy_flags(parser, "evaluate", n_episodes=100)
     add("--n-envs", type=whole_number, default=8, metavar="N", help="[8]")
     add_vec_env_flag(parser, default="subproc")
     add("--json", metavar="FILE", help="write the numbers to a file; - for stdout instead of the table")
@@ -46,8 +47,10 @@ def check(argv: Sequence[str]) -> Any:
     """
     check_training_side()
     args = make_parser().parse_args(argv)
-    check_player(args)
-    check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1})
+    check_policy_flags(args)
+    check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1, "seed": 0})
+    if args.json not in (None, "-"):
+        check_folder_of("--json", args.json)
     return args
 
 
@@ -56,34 +59,35 @@ class Job:
 
     :param args: of :func:`check`
     :raises ValueError: for any mistake of the user's
+    :raises TeacherError: if a teacher service does not answer
     """
 
     def __init__(self, args: Any) -> None:
         from rpd_sb3.episodes.play import Evaluator
-        from rpd_sb3.evaluate.policy_source import open_player
+        from rpd_sb3.evaluate.policy_source import open_policy
 
         self.args = args
         with ExitStack() as closing:
-            self.player = open_player(args, closing)
+            self.policy = open_policy(args, closing)
             self.evaluator = Evaluator(
-                self.player.env_id,
-                self.player.env_kwargs,
+                self.policy.env_id,
+                self.policy.env_kwargs,
                 n_episodes=args.n_episodes,
                 seed=args.seed,
                 n_envs=args.n_envs,
                 vec_env=args.vec_env,
-                teacher=self.player.teacher,
+                teacher=self.policy.teacher,
             )
             closing.callback(self.evaluator.close)
-            # A teacher may not need all that the environments show: the evaluator makes them itself.
-            self.act = None if self.player.teacher else self.player.actor(self.evaluator.venv)
+            # For a teacher the evaluator makes its own environments, without images that the teacher does not need.
+            self.act = None if self.policy.teacher else self.policy.actor(self.evaluator.venv)
             self._closing = closing.pop_all()
 
     def run(self, interrupt: Interrupt) -> int:
-        """Play the episodes and show how they went."""
-        player = self.player
+        """Play the episodes and show the results."""
+        policy = self.policy
         result = self.evaluator.teacher() if self.act is None else self.evaluator.evaluate(self.act)
-        content = {"name": player.name, "env": player.env_id, "seed": self.args.seed} | result.summary()
+        content = {"name": policy.name, "env": policy.env_id, "seed": self.args.seed} | result.summary()
         if self.args.json == "-":
             print(json.dumps(content, indent=2))
             return 0

@@ -1,4 +1,4 @@
-"""Who plays where, from a command line: the student of a run, an export of one, or a teacher itself."""
+"""The policy that a command line names: the student of a run, an export, or a teacher."""
 
 from __future__ import annotations
 
@@ -20,61 +20,75 @@ from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
 
 
-class Player(NamedTuple):
-    """A student, an export or a teacher, and the environment that it plays in."""
+class NamedPolicy(NamedTuple):
+    """A student, an export or a teacher, and the environment that it acts in."""
 
     name: str
-    player: BaseAlgorithm | Policy | Teacher
+    policy: BaseAlgorithm | Policy | Teacher
     env_id: str
     env_kwargs: dict[str, Any]
 
     @property
     def teacher(self) -> Teacher | None:
-        return None if isinstance(self.player, (BaseAlgorithm, Policy)) else self.player
+        return None if isinstance(self.policy, (BaseAlgorithm, Policy)) else self.policy
 
     def actor(self, venv: VecEnv) -> Actor:
-        """Who plays in these environments.
+        """The policy as the episode loop takes it.
 
-        :param venv: of ``env_id``, with the teacher if it is to play
+        :param venv: of ``env_id``, with the teacher if the policy is one
         :raises ValueError: if the environments do not take an export's actions
         """
-        if isinstance(self.player, BaseAlgorithm):
-            return student_actor(self.player)
-        if not isinstance(self.player, Policy):
+        if isinstance(self.policy, BaseAlgorithm):
+            return student_actor(self.policy)
+        if not isinstance(self.policy, Policy):
             return teacher_actor(venv)
-        check_acted(self.player, venv.action_space, self.name, self.env_id)
-        return export_actor(self.player, venv.observation_space)
+        check_acted(self.policy, venv.action_space, self.name, self.env_id)
+        return export_actor(self.policy, venv.observation_space)
 
 
-def open_player(args: Any, closing: ExitStack) -> Player:
-    """The player that a command line names; ``closing`` will close it.
+def open_policy(args: Any, closing: ExitStack) -> NamedPolicy:
+    """Loads the policy that a command line names.
 
-    :param args: of :func:`rpd_sb3.cli.common.add_player_flags`, and ``device``
-    :raises ValueError: if there is none, or it does not fit the environment
+    :param args: of :func:`rpd_sb3.cli.common.add_policy_flags`
+    :param closing: will close the policy
+    :raises ValueError: if it cannot be loaded, or does not fit the environment
     :raises TeacherError: if a teacher service does not answer
     """
-    env_id, env_kwargs = args.env, parse_pairs(args.env_kwargs, "--env-kwargs")
-    if env_id:
-        check_env_id(env_id)
+    env_kwargs = parse_pairs(args.env_kwargs, "--env-kwargs")
+    if args.env:
+        check_env_id(args.env)
     if args.teacher:
-        teacher_kwargs = parse_pairs(args.teacher_kwargs, "--teacher-kwargs")
-        teacher = open_teacher(args.teacher, env_id, teacher_kwargs, closing)
-        probe(env_id, env_kwargs, teacher)
-        return Player(f"teacher {args.teacher}", teacher, env_id, env_kwargs)
-    if args.export:
-        name, policy = f"export {args.export}", load_export(args.export)
-        recorded = policy.manifest["environment"]
-        env_id, env_kwargs = env_id or recorded["id"], merge(recorded["env_kwargs"], env_kwargs)
-        check_env_id(env_id)
-        check_observed(policy, probe(env_id, env_kwargs, None), name, env_id)
-        return Player(name, policy, env_id, env_kwargs)
+        return _open_teacher(args, env_kwargs, closing)
+    return _load_export(args, env_kwargs) if args.export else _load_student(args, env_kwargs)
+
+
+def _open_teacher(args: Any, env_kwargs: dict[str, Any], closing: ExitStack) -> NamedPolicy:
+    teacher_kwargs = parse_pairs(args.teacher_kwargs, "--teacher-kwargs")
+    teacher = open_teacher(args.teacher, args.env, teacher_kwargs, closing)
+    probe(args.env, env_kwargs, teacher)
+    return NamedPolicy(f"teacher {args.teacher}", teacher, args.env, env_kwargs)
+
+
+def _load_export(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
+    name = f"export {args.export}"
+    policy = load_export(args.export)
+    recorded = policy.manifest["environment"]
+    env_id = args.env or recorded["id"]
+    check_env_id(env_id)
+    env_kwargs = merge(recorded["env_kwargs"], env_kwargs)
+    check_observed(policy, probe(env_id, env_kwargs, None), name, env_id)
+    return NamedPolicy(name, policy, env_id, env_kwargs)
+
+
+def _load_student(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
     run = runs.load_run(args.run)
     path = run.best_model if args.model == "best" else run.last_model
     if args.model == "best" and not path.is_file():
         raise ValueError(f"run {args.run!r} has no best_model.zip yet; use --model last")
     model = runs.load_model(run.algo, path, device=check_device(args.device))
-    env_id, env_kwargs = env_id or run.args["env"], merge(run.config.get("env_kwargs", {}), env_kwargs)
+    env_id = args.env or run.args["env"]
+    env_kwargs = merge(run.config.get("env_kwargs", {}), env_kwargs)
     space = probe(env_id, env_kwargs, None)
     set_threads(None, str(model.device), space)
     check_observations(model, space, str(path), env_id)
-    return Player(str(path), model, env_id, env_kwargs)
+    return NamedPolicy(str(path), model, env_id, env_kwargs)

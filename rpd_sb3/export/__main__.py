@@ -109,12 +109,12 @@ class Job:
     def run(self, interrupt: Interrupt) -> int:
         """Record observations, write the export, compare, and upload if asked to."""
         from rpd_sb3.export.hub import UploadError, upload
-        from rpd_sb3.export.observations import facts_of_config, record
+        from rpd_sb3.export.observations import facts_of_config, record_observations
         from rpd_sb3.export.writer import ExportError, write_export
 
         observations, environment = self.observations, facts_of_config(self.env_id, self.env_kwargs)
         if observations is None:
-            observations, environment = record(self.env_id, self.env_kwargs, self.export.model)
+            observations, environment = record_observations(self.env_id, self.env_kwargs, self.export.model)
         try:
             manifest = write_export(self.folder, self.export, observations, environment)
             self._show(manifest)

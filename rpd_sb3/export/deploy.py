@@ -16,7 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from torch import nn
 from torch.nn import functional as F
 
-from rpd_sb3.contract.bins import Bounds, acted
+from rpd_sb3.contract.bins import Bounds, to_clipped_actions
 from rpd_sb3.students import AutoregressivePolicy, TokenPolicy
 
 
@@ -213,7 +213,7 @@ class _Detokenised(nn.Module):
         self.greedy = greedy
         n_tokens, n_bins = len(space.nvec), int(space.nvec[0])
         every = np.repeat(np.arange(n_bins)[:, None], n_tokens, axis=1)
-        actions = acted(every, n_bins, bounds)  # (V, K)
+        actions = to_clipped_actions(every, n_bins, bounds)  # (V, K)
         self.register_buffer("table", th.from_numpy(actions.T.reshape(-1, 1).copy()))
         self.register_buffer("offset", th.arange(n_tokens) * n_bins)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.episodes.play import Actor, in_eights
+from rpd_sb3.episodes.play import Actor, pad_to_multiple_of_8
 from rpd_sb3.export import architecture, runtime
 from rpd_sb3.export.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
 from rpd_sb3.export.formats import FILES, load_safetensors, load_torch, torch_act
@@ -55,7 +55,7 @@ def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
 
     def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
         n = len(episode_starts)
-        return policy(in_eights(camera_view(obs, space), n))[:n]
+        return policy(pad_to_multiple_of_8(camera_view(obs, space), n))[:n]
 
     return act
 

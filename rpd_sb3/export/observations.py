@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rpd_sb3.contract.teacher import GRIPPERS
 from rpd_sb3.envs import make_env
 from rpd_sb3.envs.factory import is_maniskill
 from rpd_sb3.envs.tasks import TASKS
+from rpd_sb3.episodes.play import episode_steps
 from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import camera_view, input_spaces
 
@@ -47,32 +50,36 @@ def with_image_size(env_id: str, env_kwargs: Mapping[str, Any], space: spaces.Sp
     return dict(env_kwargs) | {"image_size": int(sizes[0])}
 
 
-def record(env_id: str, env_kwargs: Mapping[str, Any], model: BaseAlgorithm, n: int = N_OBSERVATIONS) -> Recorded:
-    """Observations of whole episodes that the policy plays deterministically.
+def record_observations(
+    env_id: str, env_kwargs: Mapping[str, Any], model: BaseAlgorithm, n: int = N_OBSERVATIONS
+) -> Recorded:
+    """The first n observations of seeded episodes that the policy plays deterministically.
 
     :param env_id: environment of the run
     :param env_kwargs: its options, those of the run
-    :param model: who plays
+    :param model: gives the actions
     :param n: observations to record
     """
     env = make_env(env_id, **env_kwargs)
+    venv = DummyVecEnv([lambda: env])
+
+    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
+        return model.predict(obs, deterministic=True)[0]
+
+    def observations() -> Iterator[Any]:
+        for seed in itertools.count(SEED):
+            venv.seed(seed)
+            for step in episode_steps(venv, act):
+                yield camera_view(step.obs, env.observation_space)
+
     try:
-        rows: list[Any] = []
-        episode, done = 0, True
-        while len(rows) < n:
-            if done:
-                obs, _ = env.reset(seed=SEED + episode)
-                episode += 1
-            rows.append(camera_view(_copy(obs), env.observation_space))
-            action, _ = model.predict(obs, deterministic=True)
-            obs, _, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
+        rows = list(itertools.islice(observations(), n))
         names = list(input_spaces(model.observation_space))
         single = not isinstance(rows[0], dict)
-        arrays = {name: np.stack([row if single else row[name] for row in rows]) for name in names}
+        arrays = {name: np.concatenate([row if single else row[name] for row in rows]) for name in names}
         return Recorded(_as_inputs(arrays), facts_of_config(env_id, env_kwargs) | _facts_of(env, env_id))
     finally:
-        env.close()
+        venv.close()
 
 
 def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -148,10 +155,6 @@ def _facts_of(env: gym.Env, env_id: str) -> dict[str, Any]:
     if view.obs == "rgb+state":
         facts["state"] = PROPRIOCEPTION
     return facts
-
-
-def _copy(obs: Any) -> Any:
-    return {key: np.array(value) for key, value in obs.items()} if isinstance(obs, dict) else np.array(obs)
 
 
 def _as_inputs(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from rpd_sb3.contract.bins import acted
+from rpd_sb3.contract.bins import to_clipped_actions
 from rpd_sb3.export import architecture, manifest, runtime
 from rpd_sb3.export.card import copy_figures, write_card, write_package
 from rpd_sb3.export.deploy import DeployablePolicy, input_specs, numbers_of_parameters
@@ -143,7 +143,7 @@ def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str,
     if export.tokens is None:
         return {"action": predicted}
     bounds = manifest.token_bounds(export.tokens)
-    actions = acted(predicted, export.tokens["n_bins"], bounds)
+    actions = to_clipped_actions(predicted, export.tokens["n_bins"], bounds)
     return {"action": actions, "tokens": predicted}
 
 

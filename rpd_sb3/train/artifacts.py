@@ -8,8 +8,9 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from rpd_sb3.contract.teacher import Teacher
-from rpd_sb3.episodes.film import Film, Stage
-from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, student_actor, teacher_actor, untouched_rng
+from rpd_sb3.episodes.film import Film, RenderedEnv
+from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, student_actor, teacher_actor
+from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.train.callbacks import Curve
 
 
@@ -57,9 +58,9 @@ def record_video(
     teacher = None if isinstance(policy, BaseAlgorithm) else policy
     make_actor = (lambda _: student_actor(policy)) if isinstance(policy, BaseAlgorithm) else teacher_actor
     try:
-        with untouched_rng(), Film(path) as film, Stage(env_id, env_kwargs, film, make_actor, teacher) as stage:
+        with preserved_rng(), Film(path) as film, RenderedEnv(env_id, env_kwargs, film, make_actor, teacher) as env:
             for episode in range(n_episodes):
-                stage.play(EVAL_SEED + episode)
+                env.play(EVAL_SEED + episode)
     except Exception as error:  # of renderers, encoders, teachers: nothing that a finished run should be lost for
         path.unlink(missing_ok=True)
         return " ".join(str(error).split()) or type(error).__name__

@@ -666,8 +666,8 @@ def test_evaluate_a_teacher(teacher_file: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name one player: a run"),
-        (["--run", "x", "--teacher", "scripted"], "name one player: a run"),
+        ([], "name one policy: a run"),
+        (["--run", "x", "--teacher", "scripted"], "name one policy: a run"),
         (["--run", "nix"], "run folder 'nix' does not exist"),
         (["--teacher", "scripted"], "--env is missing"),
         (["--run", "nix", "--teacher-kwargs", "noise:1"], "--teacher-kwargs are for --teacher"),
@@ -675,6 +675,8 @@ def test_evaluate_a_teacher(teacher_file: Path, capsys: pytest.CaptureFixture[st
         (["--teacher", "scripted", "--env", TINY], "no scripted expert for env"),
         (["--teacher", "sb3:nix.zip", "--env", TINY], "model 'nix.zip' does not exist"),
         (["--teacher", "scripted", "--env", "PickCube-v1", "-n", "0"], "--n-episodes 0 must be at least 1"),
+        (["--run", "nix", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--run", "nix", "--json", "nowhere/out.json"], "--json nowhere/out.json: folder 'nowhere' does not exist"),
         (["--run", "nix", "--episodes", "3"], "unknown argument '--episodes'; did you mean '--n-episodes'"),
     ],
 )

@@ -106,12 +106,12 @@ def test_only_successful_keeps_the_first_successful_ones() -> None:
 
 def test_teacher_that_never_succeeds_is_an_error() -> None:
     venv = venv_of(3, lambda: HopelessEnv(known=True))
-    with pytest.raises(ValueError, match="only 0 of 40 episodes of the teacher were successful, 2 are wanted"):
+    with pytest.raises(ValueError, match="only 0 of 40 episodes"):
         record(venv, 2, only_successful=True)
 
 
 def test_successful_episodes_need_an_environment_that_reports_success() -> None:
-    with pytest.raises(ValueError, match="reports no is_success"):
+    with pytest.raises(ValueError, match="is_success"):
         record(venv_of(2, lambda: HopelessEnv(known=False)), 2, only_successful=True)
 
 
@@ -151,14 +151,14 @@ def test_what_the_teacher_sees_is_not_recorded() -> None:
 
 
 def test_endless_episode_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has not ended after max_steps=7 steps; give the env a time limit"):
+    with pytest.raises(ValueError, match="max_steps=7"):
         record(venv_of(1, lambda: CountingEnv(length=100)), 1, max_steps=7)
 
 
 def test_environments_without_a_teacher_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"record needs a teacher: wrap the env"):
+    with pytest.raises(ValueError, match="needs a teacher"):
         record(DummyVecEnv([SeededEnv]), 1)
-    with pytest.raises(ValueError, match="n_episodes=0 must be at least 1"):
+    with pytest.raises(ValueError, match="n_episodes=0"):
         record(venv_of(1), 0)
 
 
@@ -216,7 +216,7 @@ def test_file_of_robomimic_can_be_read(tmp_path: Path) -> None:
 def test_first_episodes() -> None:
     demos = record(venv_of(2), 4, seed=2)
     assert_same(demos.first(2), record(venv_of(2), 2, seed=2)._replace(metadata=demos.metadata))
-    with pytest.raises(ValueError, match="5 demonstrations are asked for, but there are 4"):
+    with pytest.raises(ValueError, match="5 .* there are 4"):
         demos.first(5)
 
 
@@ -235,22 +235,22 @@ def some_arrays(n: int = 4) -> dict[str, Any]:
     ("change", "message"),
     [
         ({"actions": np.array([{"x": 1}] * 4)}, "allow_pickle=False"),
-        ({"rewards": np.zeros(3)}, r"the arrays have shapes .*\(3,\)"),
-        ({"observations": np.zeros((5, 3))}, "the arrays have shapes"),
-        ({"actions": np.zeros(4)}, "the arrays have shapes"),
-        ({"actions": np.full((4, 2), np.nan)}, "actions are not finite"),
-        ({"episode_starts": np.zeros(4, dtype=bool), "successes": np.zeros(0)}, "do not begin"),
-        ({"successes": np.ones(2, dtype=bool)}, "2 episodes do not begin where"),
+        ({"rewards": np.zeros(3)}, r"shapes .*\(3,\)"),
+        ({"observations": np.zeros((5, 3))}, "shapes"),
+        ({"actions": np.zeros(4)}, "shapes"),
+        ({"actions": np.full((4, 2), np.nan)}, "actions must be finite"),
+        ({"actions": np.zeros((4, 2), complex)}, "actions must be finite real"),
+        ({"observations": np.full((4, 3), np.inf)}, "observations must be finite"),
+        ({"episode_starts": np.zeros(4, dtype=bool), "successes": np.zeros(0)}, "does not begin an episode"),
+        ({"successes": np.ones(2, dtype=bool)}, "2 successes, but 1 episodes"),
         ({"metadata": "nonsense"}, "Expecting value"),
-        ({"something": np.zeros(1)}, "unexpected keyword argument 'something'"),
+        ({"something": np.zeros(1)}, "'something'"),
     ],
 )
 def test_file_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "else.npz"
     np.savez(path, **(some_arrays() | change))
-    with pytest.raises(
-        ValueError, match=r"else.npz' holds no demonstrations as rpd_sb3.collect writes them: .*" + message
-    ):
+    with pytest.raises(ValueError, match=r"else.npz' does not hold demonstrations.*" + message):
         load(path)
 
 
@@ -258,7 +258,7 @@ def test_file_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut off"])
 def test_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="holds no demonstrations"):
+    with pytest.raises(ValueError, match="does not hold demonstrations"):
         load(tmp_path / name)
 
 
@@ -267,18 +267,41 @@ def test_hdf5_of_something_else_is_refused(tmp_path: Path) -> None:
     for content in ("other/actions", "data/trajectory", "data/demo_0/actions"):
         with h5py.File(tmp_path / "else.h5", "w") as file:
             file[content] = np.zeros((2, 2))
-        with pytest.raises(ValueError, match="else.h5' holds no demonstrations"):
+        with pytest.raises(ValueError, match="else.h5' does not hold demonstrations"):
             load(tmp_path / "else.h5")
 
 
+@pytest.mark.parametrize("kind", ["external link", "external storage", "virtual dataset"])
+def test_hdf5_that_refers_to_another_file_is_refused(tmp_path: Path, kind: str) -> None:
+    h5py = pytest.importorskip("h5py")
+    values = np.zeros((2, 3), np.float32)
+    values.tofile(tmp_path / "other.raw")
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["secret"] = values
+    with h5py.File(tmp_path / "demos.h5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["obs/state"], demo["rewards"] = np.zeros((2, 3)), np.zeros(2)
+        if kind == "external link":
+            demo["actions"] = h5py.ExternalLink(tmp_path / "other.h5", "secret")
+        elif kind == "external storage":
+            whole = [(str(tmp_path / "other.raw"), 0, h5py.h5f.UNLIMITED)]
+            demo.create_dataset("actions", values.shape, values.dtype, external=whole)
+        else:
+            layout = h5py.VirtualLayout(values.shape, values.dtype)
+            layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", values.shape)
+            demo.create_virtual_dataset("actions", layout)
+    with pytest.raises(ValueError, match="lies in another file"):
+        load(tmp_path / "demos.h5")
+
+
 def test_names_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"demos.pkl': the suffix must be one of .npz, .hdf5, .h5"):
+    with pytest.raises(ValueError, match="suffix must be one of"):
         load(tmp_path / "demos.pkl")
-    with pytest.raises(ValueError, match=r"demos.npz' do not exist; record some with python -m rpd_sb3.collect"):
+    with pytest.raises(ValueError, match="do not exist"):
         load(tmp_path / "demos.npz")
     monkeypatch.delitem(sys.modules, "h5py", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="need h5py, which is not installed: pip install h5py, or use .npz"):
+    with pytest.raises(ValueError, match="pip install h5py"):
         save(tmp_path / "demos.h5", record(venv_of(1), 1))
 
 
@@ -294,5 +317,5 @@ def test_noise_is_executed_and_not_recorded() -> None:
 def test_noise_needs_continuous_actions() -> None:
     teacher = EchoTeacher(lambda query: np.zeros((len(query.env_ids), 2), int), spaces.MultiDiscrete([256, 256]))
     venv = VecTeacher(DummyVecEnv([lambda: ActionTokens(SeededEnv())]), teacher)
-    with pytest.raises(ValueError, match="noise=0.1 is for continuous actions, but the teacher gives MultiDiscrete"):
+    with pytest.raises(ValueError, match="noise=0.1 .* MultiDiscrete"):
         record(venv, 1, noise=0.1)

@@ -12,7 +12,7 @@ import pytest
 from stable_baselines3 import PPO
 
 from rpd_sb3.enjoy import __main__ as enjoy
-from rpd_sb3.episodes import film as stage
+from rpd_sb3.episodes import film
 from rpd_sb3.evaluate import __main__ as evaluate
 from rpd_sb3.train import __main__ as train
 from tests.cli.test_cli import SMALL, sentence
@@ -36,8 +36,8 @@ def teacher(tmp_path: Path) -> str:
 def test_a_student_is_filmed_and_every_episode_is_told(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    film = tmp_path / "film.mp4"
-    assert enjoy.main(["--run", run, "-n", "3", "--seed", "7", "--record", str(film)]) == 0
+    path = tmp_path / "film.mp4"
+    assert enjoy.main(["--run", run, "-n", "3", "--seed", "7", "--record", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{run}/best_model.zip on {TINY}"
     for i, line in enumerate(lines[1:4]):
@@ -46,8 +46,8 @@ def test_a_student_is_filmed_and_every_episode_is_told(
         )
         assert re.fullmatch(number, line)
     assert re.match(r"3 episodes: success \d+% \[.*\], at end \d+%, return \d", lines[4])
-    assert lines[5].startswith(f"{film} ")
-    assert film.stat().st_size > 0
+    assert lines[5].startswith(f"{path} ")
+    assert path.stat().st_size > 0
 
 
 def test_it_is_the_student_that_evaluate_evaluates(
@@ -63,17 +63,17 @@ def test_it_is_the_student_that_evaluate_evaluates(
 
 
 def test_a_teacher_is_filmed(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    film = tmp_path / "film.gif"
-    assert enjoy.main(["--teacher", teacher, "--env", TINY, "-n", "1", "--record", str(film)]) == 0
+    path = tmp_path / "film.gif"
+    assert enjoy.main(["--teacher", teacher, "--env", TINY, "-n", "1", "--record", str(path)]) == 0
     assert capsys.readouterr().out.startswith(f"teacher {teacher} on {TINY}\nepisode 1, seed 10000: ")
-    assert film.read_bytes().startswith(b"GIF89a")
+    assert path.read_bytes().startswith(b"GIF89a")
 
 
 def test_a_window_shows_the_start_and_every_step(
     run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(film.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(TinyEnv, "metadata", {"render_modes": ["human"], "render_fps": 1000})
     modes: list[str | None] = []
     monkeypatch.setattr(TinyEnv, "render", lambda self: modes.append(self.render_mode))
@@ -85,10 +85,10 @@ def test_a_window_shows_the_start_and_every_step(
 def test_a_window_keeps_the_speed_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", ":0")
     clock, slept = [100.0], []
-    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(stage.time, "sleep", slept.append)
+    monkeypatch.setattr(film.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(film.time, "sleep", slept.append)
     monkeypatch.setattr(TinyEnv, "render", lambda self: None)
-    window, env = stage.Window(), TinyEnv()  # 10 frames a second
+    window, env = film.Window(), TinyEnv()  # 10 frames a second
     window(env)
     clock[0] += 0.04
     window(env)
@@ -103,23 +103,21 @@ def test_without_a_display_one_sentence_says_what_to_do(
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    assert "no display to show a window on; film it instead, with --record FILE.mp4" in sentence(
-        ["--run", run], capsys, enjoy
-    )
+    assert "film it instead, with --record" in sentence(["--run", run], capsys, enjoy)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name one player: a run"),
-        (["--run", "x", "--teacher", "scripted"], "name one player: a run"),
+        ([], "name one policy"),
+        (["--run", "x", "--teacher", "scripted"], "name one policy"),
         (["--teacher", "scripted"], "--env is missing"),
         (["--run", "nix", "--record", "film.mp4"], "run folder 'nix' does not exist"),
         (["--run", "nix", "--teacher-kwargs", "noise:1"], "--teacher-kwargs are for --teacher"),
-        (["--run", "nix", "-n", "0"], "--n-episodes 0 must be at least 1"),
-        (["--run", "nix", "--record", "film.avi"], "film.avi cannot be a film; name a file that ends in .mp4 or .gif"),
-        (["--run", "nix", "--record", "nix/film.mp4"], "--record nix/film.mp4: folder 'nix' does not exist"),
-        (["--run", "nix", "--recrod", "film.mp4"], "unknown argument '--recrod'; did you mean '--record'"),
+        (["--run", "nix", "-n", "0"], "--n-episodes 0"),
+        (["--run", "nix", "--record", "film.avi"], "film.avi cannot be a film"),
+        (["--run", "nix", "--record", "nix/film.mp4"], "folder 'nix' does not exist"),
+        (["--run", "nix", "--recrod", "film.mp4"], "did you mean '--record'"),
     ],
 )
 def test_mistake_is_one_sentence(

@@ -1,9 +1,8 @@
-"""Student and teacher, side by side at the same observations."""
+"""The actions of student and teacher at the same observations."""
 
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,8 @@ from stable_baselines3 import PPO
 
 from rpd_sb3.envs import make_env
 from rpd_sb3.episodes.agreement import Pairs, compare, measure_agreement
-from rpd_sb3.episodes.film import Film, Stage
-from rpd_sb3.episodes.play import Evaluator, student_actor, teacher_actor
+from rpd_sb3.episodes.play import Evaluator
 from rpd_sb3.teachers import LocalTeacher
-from rpd_sb3.train.artifacts import record_video
-from rpd_sb3.train.measurements import student_bytes, student_latency, student_parameters
 from tests.episodes.test_play import go_to_goal
 from tests.support.helpers import EchoTeacher
 from tests.support.tiny_env import TINY, TinyEnv
@@ -61,8 +57,8 @@ def test_only_observations_of_the_first_episodes_count() -> None:
     teacher = position_teacher()
     with closing(evaluator(teacher, n_episodes=5, stop=True)) as evaluate:
         expected = evaluate.evaluate(go_to_goal)
-        pairs = Pairs(evaluate.venv, go_to_goal, 5)
-        evaluate.evaluate(pairs)
+        pairs = Pairs(evaluate.venv, go_to_goal)
+        evaluate.evaluate(pairs.act, on_step=pairs.on_step)
     ours, theirs, std = pairs.arrays()
     assert len(set(expected.lengths)) > 1
     assert len(ours) == len(theirs) == expected.lengths.sum()
@@ -135,89 +131,3 @@ def test_a_teacher_that_was_hidden_is_shown_the_episodes_again() -> None:
         assert teacher.queries == []
         assert measure_agreement(evaluate, student()) is not None
     assert len(teacher.queries) == 20
-
-
-def test_latency_and_sizes_of_a_student() -> None:
-    model, threads = student(), th.get_num_threads()
-    th.set_num_threads(2)
-    try:
-        latency = student_latency(model, n_calls=5)
-        assert th.get_num_threads() == 2
-    finally:
-        th.set_num_threads(threads)
-    assert 0 < latency["median"] <= latency["p95"]
-    assert (latency["device"], latency["n_calls"]) == ("cpu", 5)
-    # Actor and critic: 2 x 8 + 8 and 8 + 1 each, and a log_std.
-    assert student_parameters(model) == 2 * (2 * 8 + 8 + 8 + 1) + 1
-    assert student_bytes(model) == 4 * student_parameters(model)
-
-
-# Filming --------------------------------------------------------------------------------------------------------------
-
-
-def frames(path: Path) -> np.ndarray:
-    import imageio.v2 as imageio
-
-    return np.stack(list(imageio.get_reader(path).iter_data()))
-
-
-def test_a_film_shows_the_start_and_every_step(tmp_path: Path) -> None:
-    path = tmp_path / "film.mp4"
-    with Film(path) as film, Stage(TINY, {"length": 4}, film, lambda _: student_actor(student())) as stage:
-        episode = stage.play(3)
-        stage.play(4)
-    assert episode.length == 4
-    seen = frames(path)
-    assert len(seen) == 2 * (1 + 4)
-    env = make_env(TINY, render_mode="rgb_array")
-    for seed, first in ((3, 0), (4, 5)):
-        env.reset(seed=seed)
-        bright = np.asarray(env.render())[8, :, 0] > 128
-        assert np.array_equal(seen[first][8, :, 0] > 128, bright)
-
-
-def test_a_gif_is_a_gif(tmp_path: Path) -> None:
-    with (
-        Film(tmp_path / "film.gif") as film,
-        Stage(TINY, {"length": 4}, film, lambda _: student_actor(student())) as stage,
-    ):
-        stage.play(3)
-    content = (tmp_path / "film.gif").read_bytes()
-    assert content.startswith(b"GIF89a")
-    assert b"NETSCAPE2.0" in content  # plays again and again
-
-
-def test_videos_play_in_browsers(tmp_path: Path) -> None:
-    assert record_video(tmp_path / "video.mp4", TINY, {}, student()) is None
-    import imageio.v2 as imageio
-
-    about = imageio.get_reader(tmp_path / "video.mp4").get_meta_data()
-    assert (about["codec"], about["pix_fmt"].split("(")[0]) == ("h264", "yuv420p")
-
-
-def test_a_teacher_is_filmed_as_it_plays(tmp_path: Path) -> None:
-    to_goal = EchoTeacher(
-        lambda query: (query.inputs["state"][:, 1:] - query.inputs["state"][:, :1]) / 0.3, space=ACTIONS
-    )
-    with Film(tmp_path / "teacher.mp4") as film, Stage(TINY, {}, film, teacher_actor, to_goal) as stage:
-        assert stage.play(0).once
-    assert len(to_goal.queries) == 10
-    assert to_goal.queries[0].episode_starts.all()
-    assert not any(query.episode_starts.any() for query in to_goal.queries[1:])
-
-
-def test_filming_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    def answer(query: Any) -> Any:
-        raise RuntimeError("out of\nmemory")
-
-    problem = record_video(tmp_path / "teacher.mp4", TINY, {}, EchoTeacher(answer, space=ACTIONS))
-    assert problem is not None
-    assert "out of" in problem
-    assert "\n" not in problem
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_environment_without_pictures_is_not_filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TinyEnv, "render", lambda self: np.zeros((3, 3)))
-    problem = record_video(tmp_path / "video.mp4", TINY, {}, student())
-    assert problem == "the environment renders something of shape (3, 3)"

@@ -19,7 +19,8 @@ from stable_baselines3.common.logger import Logger
 
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.episodes.play import EvalResult, Evaluator, student_actor, teacher_actor, untouched_rng
+from rpd_sb3.episodes.play import EvalResult, Evaluator, Step, play, student_actor, teacher_actor
+from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.teachers import make_teacher
 from rpd_sb3.train.callbacks import EvalSuccessCallback
 from tests.support.helpers import EchoTeacher
@@ -48,29 +49,6 @@ def model() -> Iterator[PPO]:
     venv = make_vec_env(TINY, 2, seed=0, vec_env="dummy")
     yield PPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=2, seed=0, device="cpu")
     venv.close()
-
-
-# Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I, method 3.
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_has_the_published_values(k: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(k, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 10**6), (10**6, 10**6)])
-def test_wilson_interval_stays_inside_and_holds_the_estimate(k: int, n: int) -> None:
-    low, high = wilson_interval(k, n)
-    assert 0 <= low <= k / n <= high <= 1
-    assert low < high
-
-
-@pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3), (0, 0)])
-def test_wilson_interval_of_impossible_counts(k: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"k={k} successes of n={n} trials"):
-        wilson_interval(k, n)
 
 
 @pytest.mark.parametrize("n_envs", [2, 3, 7, 20])
@@ -135,6 +113,25 @@ def test_returns_and_lengths_are_those_of_the_first_episode_of_each_environment(
     assert len(set(result.lengths)) > 1
 
 
+@pytest.mark.parametrize("n_episodes", [None, 1])
+def test_every_step_shows_what_was_acted_on_and_who_still_plays(n_episodes: int | None) -> None:
+    venv = make_vec_env(TINY, 3, seed=0, vec_env="dummy", stop=True)
+    steps: list[Step] = []
+    episodes = play(venv, go_to_goal, n_episodes=n_episodes, on_step=steps.append)
+    everybody = play(make_vec_env(TINY, 3, seed=0, vec_env="dummy", stop=True), go_to_goal)
+    assert episodes == everybody[:n_episodes]
+    lengths = [episode.length for episode in everybody]
+    assert len(set(lengths)) > 1
+    assert len(steps) == max(lengths), "environments that do not count play to the end as well"
+    playing = np.array([step.playing for step in steps])
+    assert playing.sum(axis=0).tolist() == lengths[:n_episodes] + [0] * (3 - len(episodes))
+    for step, following in zip(steps, steps[1:]):
+        assert np.array_equal(step.actions, go_to_goal(step.obs, step.dones))
+        moved = (following.obs[:, 0] - step.obs[:, 0])[~step.dones]
+        assert moved == pytest.approx(0.3 * step.actions[~step.dones, 0], abs=1e-6)
+        assert (step.rewards == [info["is_success"] for info in step.infos]).all()
+
+
 def test_success_is_none_where_the_environment_does_not_tell() -> None:
     with closing(Evaluator("CartPole-v1", n_episodes=2, n_envs=2, vec_env="dummy")) as evaluator:
         result = evaluator.evaluate(lambda obs, starts: np.zeros(2, int))
@@ -177,7 +174,7 @@ def test_global_generators_are_left_alone() -> None:
     def draws() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(th.rand(()))  # noqa: NPY002
 
-    with untouched_rng():
+    with preserved_rng():
         inside = draws()
     assert draws() == inside
 
@@ -256,7 +253,7 @@ def test_maniskill_episodes_go_on_after_success() -> None:
 def test_episodes_as_trained_end_at_success() -> None:
     teacher = make_teacher("scripted", "PickCube-v1")
     evaluator = Evaluator("PickCube-v1", n_episodes=2, n_envs=1, vec_env="dummy", teacher=teacher)
-    with closing(evaluator.as_trained()) as same:
+    with closing(evaluator.with_training_ends()) as same:
         result = same.teacher()
     teacher.close()
     assert (result.success_once, result.success_at_end, result.n_episodes) == (1.0, 1.0, 2)
@@ -264,16 +261,17 @@ def test_episodes_as_trained_end_at_success() -> None:
 
 
 def test_teacher_without_images_is_evaluated_without_rendering() -> None:
-    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)
-    evaluator = Evaluator(
-        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
-    )
-    with_images = evaluator.evaluate(teacher_actor(evaluator.venv))
-    evaluator.close()
-    teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)  # its noise from the start
-    evaluator = Evaluator(
-        "PushCube-v1", {"obs": "rgb", "image_size": 84}, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher
-    )
+    options = {"obs": "rgb", "image_size": 84, "reward": "dense", "max_episode_steps": 8}  # images are slow on a CPU
+
+    def noisy_evaluator() -> Evaluator:
+        teacher = make_teacher("scripted", "PushCube-v1", noise=0.5)  # its noise from the start
+        return Evaluator("PushCube-v1", options, n_episodes=2, n_envs=2, vec_env="dummy", teacher=teacher)
+
+    with closing(noisy_evaluator()) as evaluator:
+        with_images = evaluator.evaluate(teacher_actor(evaluator.venv))
+    evaluator = noisy_evaluator()
     without = evaluator.teacher()
+    assert with_images.lengths.tolist() == [8, 8]
+    assert with_images.returns.min() > 0
     np.testing.assert_array_equal(without.returns, with_images.returns)
     assert evaluator._venv is None, "the student's environments were not even made"

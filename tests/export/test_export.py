@@ -478,7 +478,7 @@ def test_export_is_evaluated_like_its_run(run: Path, capsys: pytest.CaptureFixtu
         (["--env", "CartPole-v1"], r"was trained on state float32 \(2,\), but env 'CartPole-v1' shows Box"),
         (["--env-kwargs", "image:true"], r"was trained on state float32 \(2,\), but env"),
         (["--env-kwargs", "tokens:true"], r"gives float32 actions \(1,\), but env .* takes MultiDiscrete\(\[256\]\)"),
-        (["--run", "x"], "name one player: a run"),
+        (["--run", "x"], "name one policy: a run"),
         (["--teacher-kwargs", "a:1"], "--teacher-kwargs are for --teacher, not for --export"),
     ],
 )

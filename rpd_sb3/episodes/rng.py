@@ -1,0 +1,27 @@
+"""Random generators that evaluations leave alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch as th
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restores Python's, NumPy's and PyTorch's global generators at the end."""
+    python = random.getstate()
+    numpy = np.random.get_state()  # noqa: NPY002
+    torch = th.get_rng_state()
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        th.set_rng_state(torch)
+        if cuda:
+            th.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,29 @@
+"""Observations that an export is compared on."""
+
+from __future__ import annotations
+
+import numpy as np
+from stable_baselines3 import PPO
+
+from rpd_sb3.envs import make_env
+from rpd_sb3.export.observations import SEED, record_observations
+from tests.support.tiny_env import TINY, TinyEnv
+
+
+def student() -> PPO:
+    return PPO("MlpPolicy", TinyEnv(), seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
+
+
+def test_observations_are_those_of_seeded_episodes_that_the_policy_plays() -> None:
+    model, env, expected = student(), make_env(TINY, length=4), []
+    for seed in (SEED, SEED + 1):
+        obs, _ = env.reset(seed=seed)
+        for _ in range(4):
+            expected.append(obs)
+            obs, *_ = env.step(model.predict(obs, deterministic=True)[0])
+    recorded = record_observations(TINY, {"length": 4}, model, n=7)
+    np.testing.assert_array_equal(recorded.observations["state"], np.array(expected[:7]), strict=True)
+
+
+def test_an_endless_episode_is_cut_off() -> None:
+    assert record_observations(TINY, {"length": 10**9}, student(), n=5).observations["state"].shape == (5, 2)
