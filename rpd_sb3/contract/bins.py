@@ -2,6 +2,8 @@
 
 ``n_bins`` edges enclose ``n_bins - 1`` bins, so the last two tokens stand for the same action; OpenVLA's token id is its
 vocabulary's size - 1 - token. Source: Kim et al., 2024, and the public code of its ActionTokenizer.
+
+Shape letter: A action dimensions.
 """
 
 from __future__ import annotations
@@ -15,18 +17,22 @@ N_BINS = 256
 
 
 class Bounds(NamedTuple):
-    """What the ends of the bins, -1 and 1, stand for: ``low + (x + 1) / 2 (high - low)``."""
+    """The actions that the ends of the bins, -1 and 1, stand for."""
 
     low: np.ndarray
     """``(A,)``; may be the greater of the two."""
     high: np.ndarray
 
-    def scaled(self, x: np.ndarray) -> np.ndarray:
-        """Actions of normalised actions ``(..., A)``, float64."""
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """Actions of normalized actions x: ``low + (x + 1) / 2 (high - low)``.
+
+        :param x: ``(..., A)``
+        :return: the same shape, float64
+        """
         return 0.5 * (np.asarray(x, np.float64) + 1.0) * (self.high - self.low) + self.low
 
-    def normalised(self, actions: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`scaled`; 0 where both ends are the same."""
+    def normalize(self, actions: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`unnormalize`; 0 where both ends are the same."""
         width = np.where(self.high == self.low, np.inf, self.high - self.low)
         return np.where(np.isinf(width), 0.0, 2.0 * (np.asarray(actions, np.float64) - self.low) / width - 1.0)
 
@@ -44,19 +50,19 @@ def centres(n_bins: int) -> np.ndarray:
 
 
 def to_tokens(actions: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
-    """Tokens of actions; what lies outside the bins is clipped.
+    """Tokens of actions; actions outside the bins are clipped.
 
     :param actions: ``(..., A)``
     :param n_bins: tokens per dimension
     :param bounds: ends of the bins; None: -1 and 1
     :return: int64 of the same shape, in [0, n_bins - 1]; the last token is that of exactly 1.0
     """
-    actions = actions if bounds is None else bounds.normalised(actions)
+    actions = actions if bounds is None else bounds.normalize(actions)
     return np.digitize(np.clip(actions, -1.0, 1.0), edges(n_bins)) - 1
 
 
 def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:
-    """Actions that tokens stand for.
+    """The actions that tokens stand for.
 
     :param tokens: ``(..., A)`` int in [0, n_bins - 1]
     :param n_bins: tokens per dimension
@@ -64,7 +70,7 @@ def to_actions(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) ->
     :return: float32 of the same shape
     """
     actions = centres(n_bins)[tokens]
-    return (actions if bounds is None else bounds.scaled(actions)).astype(np.float32)
+    return (actions if bounds is None else bounds.unnormalize(actions)).astype(np.float32)
 
 
 def acted(tokens: np.ndarray, n_bins: int, bounds: Bounds | None = None) -> np.ndarray:

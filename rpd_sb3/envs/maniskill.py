@@ -31,12 +31,12 @@ ON_SUCCESS = ("terminate", "truncate", "continue")
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
 
-# A remark to authors of scenes, three times for each environment of some tasks.
+# A warning for authors of scenes; some tasks log it three times for each environment.
 maniskill_logger.addFilter(lambda record: "No initial pose set" not in record.getMessage())
 
 
 class View(NamedTuple):
-    """What the environment shows, and how it ends."""
+    """What an environment's observations hold, and how its episodes end."""
 
     obs: str
     """Student's view: ``state``, ``rgb`` or ``rgb+state`` (image and proprioception)."""
@@ -118,7 +118,7 @@ def make_maniskill(
 
 
 class ManiSkillAdapter(gym.Wrapper):
-    """Student's and teacher's views, honest episode ends and per-episode seeds for one ManiSkill environment.
+    """One ManiSkill environment with views for student and teacher, ends of episodes as asked for, and seeds for each episode.
 
     ``info`` carries ``is_success`` at every step, and ``success_once`` and ``success_at_end`` at the last one.
     After ``reset(seed=s)`` the seeds of all later episodes follow from ``s`` alone: not from the steps taken, other
@@ -145,7 +145,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     @property
     def instruction(self) -> str:
-        """What a VLA is told to do (paper, Table I); empty for a task that is not the paper's."""
+        """The instruction for a VLA (paper, Table I); empty for a task that is not the paper's."""
         return self.task.instruction if self.task else ""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -261,9 +261,12 @@ class ManiSkillAdapter(gym.Wrapper):
 
 
 def check_view(env_id: str, view: View, reward: str) -> None:
-    """Say clearly which option has a value that does not exist.
+    """Checks the options of an environment.
 
-    :raises ValueError: for an unknown option value, or a teacher's view that cannot be given
+    :param env_id: for the message
+    :param view: what student and teacher see
+    :param reward: ``sparse`` or ``dense``
+    :raises ValueError: for an unknown value of an option, or an input of the teacher that the environment does not have
     """
     options: Sequence[tuple[str, str, Sequence[str]]] = (
         ("obs", view.obs, OBS_MODES),
