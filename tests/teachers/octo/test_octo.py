@@ -1,4 +1,4 @@
-"""OctoTeacher's wiring, on a stand-in for octo; test_octo_golden.py compares it with octo itself."""
+"""OctoTeacher's wiring, on a stand-in for octo; test_golden.py compares it with octo itself."""
 
 from __future__ import annotations
 
