@@ -130,7 +130,6 @@ class ManiSkillAdapter(gym.Wrapper):
         self.view = view
         self.task = TASKS.get(env_id)
         self._scene: Any = env.unwrapped
-        self.horizon: int = gym.spec(env_id).max_episode_steps  # type: ignore[assignment]
         self._episode_seeds = np.random.default_rng()
         self._slices = field_slices()
         self._success_once = False
