@@ -1,8 +1,8 @@
 """From a teacher's actions to the environment's: the one place where conventions are converted.
 
 Training, evaluation, teacher rollouts and recordings all read labels through :class:`ActionAdapter`, and action tokens get
-their bounds from :func:`convert_token_bounds`. The teacher's spec says what there is to convert. Only the teacher has the
-statistics of its dataset, so it has unnormalized its actions before.
+their bounds from :func:`convert_token_bounds`. The teacher's spec has the conventions to convert from. Actions come
+unnormalized: only the teacher has the statistics of its dataset.
 
 Shape letters: N queries, A action dimensions (the last one is the gripper; 3 to 5 turn the hand).
 """

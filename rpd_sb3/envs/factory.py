@@ -21,8 +21,8 @@ from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 
 VEC_ENVS = ("subproc", "dummy")
 Tokens = bool | int | Mapping[str, Any]
-MANISKILL_CONVENTIONS = {"rotation": "axis_angle"}
-"""What the actions of a ManiSkill controller mean, by field of TeacherSpec that nothing converts."""
+MANISKILL_ROTATION = "axis_angle"
+"""How the actions of a ManiSkill controller turn the hand; no other way is converted."""
 
 
 def make_env(
@@ -167,12 +167,11 @@ def check_spec(spec: TeacherSpec | None, env_id: str, control_mode: str | None) 
             f"teacher {spec.name!r} gives actions for control_mode={spec.control_mode!r}, "
             f"but env {env_id!r} has control_mode={control_mode!r}"
         )
-    for name, ours in MANISKILL_CONVENTIONS.items() if control_mode is not None else ():
-        theirs = getattr(spec, name)
-        if theirs not in (None, ours):
-            raise ValueError(
-                f"teacher {spec.name!r} gives {name}={theirs!r}, but env {env_id!r} takes {ours!r}; convert its actions"
-            )
+    if control_mode is not None and spec.rotation not in (None, MANISKILL_ROTATION):
+        raise ValueError(
+            f"teacher {spec.name!r} gives rotation={spec.rotation!r}, but env {env_id!r} takes {MANISKILL_ROTATION!r}; "
+            "convert its actions"
+        )
 
 
 def check_env_id(env_id: str) -> None:

@@ -230,7 +230,7 @@ class ManiSkillAdapter(gym.Wrapper):
         return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
 
     def _proprioception(self) -> np.ndarray:
-        """Joint positions and velocities and the tool's pose, (25,): what a real arm knows of itself."""
+        """Joint positions and velocities and the tool's pose, (25,), which a real arm measures too."""
         agent = self._scene.agent
         parts = (agent.robot.qpos[0], agent.robot.qvel[0], agent.tcp.pose.raw_pose[0])
         return np.concatenate([common.to_numpy(part) for part in parts]).astype(np.float32)

@@ -80,7 +80,7 @@ class WorkerPoolVecEnv(VecEnv):
             raise
 
     def _share(self, obs_spaces: Sequence[gym.Space]) -> None:
-        """Map one block for the observations of all environments, here and in the workers."""
+        """Map one block of memory for the observations of all environments, in this process and in the workers."""
         space = self.observation_space
         for worker, other in enumerate(obs_spaces):
             if obs_space_info(other) != obs_space_info(space):
@@ -251,7 +251,7 @@ class ObservationBlock(NamedTuple):
     """Where the environments' processes write their observations, and the parent reads them.
 
     The memory has no name, so nothing is left behind by processes that are killed, and the size of ``/dev/shm`` does not
-    matter. Nobody locks it: a worker writes between a command and its answer, the parent reads after the answer.
+    matter. It needs no lock: a worker writes between a command and its answer, the parent reads after the answer.
     """
 
     space: spaces.Space
