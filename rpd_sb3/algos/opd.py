@@ -21,8 +21,9 @@ from rpd_sb3.algos.losses import (
     token_log_prob,
     token_statistics,
 )
+from rpd_sb3.contract.bins import require_token_bins
 from rpd_sb3.contract.names import check_choice
-from rpd_sb3.students.tokens import token_logits, token_shape
+from rpd_sb3.students.tokens import token_logits
 
 
 class OPD(GroupedRollouts):
@@ -97,7 +98,7 @@ class OPD(GroupedRollouts):
             self.curriculum.set_hand_over(hand_over, ppo_coef=1.0, residual_coef=residual_coef)
 
     def _setup_model(self) -> None:
-        token_shape(self.action_space, "OPD")
+        require_token_bins("OPD", self.action_space)
         super()._setup_model()
 
     def prepare_rollout(self) -> None:

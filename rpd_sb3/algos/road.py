@@ -22,9 +22,10 @@ from rpd_sb3.algos.losses import (
     token_divergence,
     token_entropy,
 )
+from rpd_sb3.contract.bins import require_token_bins
 from rpd_sb3.contract.names import check_choice
 from rpd_sb3.demos.files import each
-from rpd_sb3.students.tokens import token_logits, token_shape
+from rpd_sb3.students.tokens import token_logits
 
 CHUNK = 2048
 """Observations of one forward pass over the rollout."""
@@ -95,7 +96,7 @@ class ROAD(OnPolicyDistillation):
         super().__init__(policy, env, distill_coef=distill_coef, **kwargs)
 
     def _setup_model(self) -> None:
-        token_shape(self.action_space, "ROAD")
+        require_token_bins("ROAD", self.action_space)
         if self.alpha > 0 and self.reference is None:  # not in the constructor: SB3 calls that with defaults to load
             raise ValueError(
                 f"ROAD: alpha={self.alpha} needs the critic of a PPO run: give reference=FILE.zip, or alpha=0"

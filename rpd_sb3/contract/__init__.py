@@ -1,1 +1,1 @@
-"""What teachers, wrappers and algorithms agree on; it imports nothing of ours."""
+"""What teachers, environments, wrappers and algorithms agree on. It imports no other folder of the library."""

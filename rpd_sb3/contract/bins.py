@@ -85,3 +85,19 @@ def token_bins(space: spaces.Space) -> int | None:
     if len(set(space.nvec.tolist())) == 1:
         return int(space.nvec[0])
     return None
+
+
+def require_token_bins(owner: str, space: spaces.Space) -> int:
+    """Bins of each dimension of an action space of tokens.
+
+    :param owner: who needs tokens, for the message
+    :param space: the action space
+    :raises ValueError: if actions are not tokens
+    """
+    n_bins = token_bins(space)
+    if n_bins is None:
+        raise ValueError(
+            f"{owner} needs action tokens, a MultiDiscrete space of equal sizes that starts at 0, got {space}; "
+            "wrap the env in ActionTokens (--env-kwargs tokens:true)"
+        )
+    return n_bins

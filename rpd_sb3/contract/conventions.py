@@ -1,8 +1,8 @@
 """From a teacher's actions to the environment's: the one place where conventions are converted.
 
-Training, evaluation, teacher roll-outs and recordings all read labels through :class:`ActionAdapter`, and action tokens get
-their bounds from :func:`token_bounds`. What is to be converted stands in the teacher's spec; un-normalisation by a
-dataset's statistics has happened in the teacher, which alone has them.
+Training, evaluation, teacher rollouts and recordings all read labels through :class:`ActionAdapter`, and action tokens get
+their bounds from :func:`convert_token_bounds`. The teacher's spec has the conventions to convert from. Actions come
+unnormalized: only the teacher has the statistics of its dataset.
 
 Shape letters: N queries, A action dimensions (the last one is the gripper; 3 to 5 turn the hand).
 """
@@ -21,13 +21,13 @@ UNIT = Bounds(np.array(-1.0), np.array(1.0))
 
 
 class ActionAdapter:
-    """Converts gripper and rotation of labels, and clips actions that are acted with.
+    """Converts gripper and rotation of labels, and clips the actions that an environment is given.
 
     Labels to learn from are not clipped: the mean of a noisy teacher's answers is its action, that of clipped answers is not.
 
     :param spec: the teacher's
     :param space: the environment's actions; a gripper whose least value is 0 is ``0..1``, any other ``-1..1``
-    :raises ValueError: for a gripper or rotation sign that does not exist
+    :raises ValueError: for an unknown gripper or rotation sign
     """
 
     def __init__(self, spec: TeacherSpec, space: spaces.Space) -> None:
@@ -38,11 +38,12 @@ class ActionAdapter:
         taught = spec.action_space
         size = taught.shape[0] if taught.shape and len(taught.shape) == 1 else 0
         if spec.rotation_sign == -1 and size < 6:
-            raise ValueError(f"teacher {spec.name!r} has rotation_sign=-1, but its actions {taught} turn no hand")
+            raise ValueError(f"teacher {spec.name!r} has rotation_sign=-1, but its actions {taught} have no rotation")
         n = size if isinstance(taught, spaces.Box) else 0  # a teacher's tokens stay
         unit = spaces.Box(-1.0, 1.0, (n,), np.float32)  # what tokens stand for
         self._box = None if not n else space if isinstance(space, spaces.Box) else unit
-        self._factor, self._offset = np.ones(n), np.zeros(n)
+        self._factor = np.ones(n)
+        self._offset = np.zeros(n)
         if n >= 6:
             self._factor[3:6] = spec.rotation_sign
         if n and spec.gripper is not None:
@@ -58,13 +59,13 @@ class ActionAdapter:
         return (actions * self._factor + self._offset).astype(actions.dtype)
 
     def clip(self, actions: np.ndarray) -> np.ndarray:
-        """Converted actions ``(..., A)`` as they can be acted with; actions that are no numbers stay."""
+        """Converted actions ``(..., A)`` within the environment's action space; a NaN stays a NaN."""
         return actions if self._box is None else np.clip(actions, self._box.low, self._box.high)
 
     def __call__(self, labels: Labels) -> Labels:
-        """The labels with ``action`` and ``std`` (N, A) as the environment means them; others stay.
+        """The labels with ``action`` and ``std`` (N, A) in the environment's conventions, the others unchanged.
 
-        ``logits`` need no conversion: tokens stand for what :func:`token_bounds` says.
+        ``logits`` need no conversion: :func:`convert_token_bounds` converts what the tokens stand for.
         """
         if self._same:
             return labels
@@ -76,9 +77,10 @@ class ActionAdapter:
         return labels
 
 
-def token_bounds(spec: TeacherSpec) -> Bounds | None:
-    """What the ends of the teacher's bins stand for in the conventions of an environment with actions in [-1, 1].
+def convert_token_bounds(spec: TeacherSpec) -> Bounds | None:
+    """The bounds of the teacher's tokens in the conventions of an environment with actions in [-1, 1].
 
+    :param spec: the teacher's
     :return: None: -1 and 1, or the teacher has no tokens
     :raises ValueError: if the teacher's bounds do not fit its actions
     """
@@ -98,18 +100,20 @@ def token_bounds(spec: TeacherSpec) -> Bounds | None:
 
 
 def check_tokens(spec: TeacherSpec, space: spaces.Space, bounds: Bounds | None) -> None:
-    """Make sure that the environment's tokens are the teacher's.
+    """Checks that the environment's tokens stand for the same actions as the teacher's.
 
     :param spec: the teacher's
     :param space: the environment's actions
-    :param bounds: what the ends of the environment's bins stand for; None: -1 and 1
-    :raises ValueError: if they stand for other actions
+    :param bounds: of the environment's tokens; None: -1 and 1
+    :raises ValueError: if they do not
     """
     if spec.n_bins is None or token_bins(space) is None:
         return
-    theirs, ours = token_bounds(spec) or UNIT, bounds or UNIT
+    theirs = convert_token_bounds(spec) or UNIT
+    ours = bounds or UNIT
     if not all(np.allclose(a, b) for a, b in zip(theirs, ours)):
         raise ValueError(
             f"a token of teacher {spec.name!r} stands for another action than one of the environment: make the "
-            "environment with make_env(..., tokens=True, teacher=teacher.spec), or ActionTokens(env, bounds=token_bounds(spec))"
+            "environment with make_env(..., tokens=True, teacher=teacher.spec), or "
+            "ActionTokens(env, bounds=convert_token_bounds(spec))"
         )

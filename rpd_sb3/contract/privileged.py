@@ -1,7 +1,7 @@
-"""Layout of the ``privileged`` teacher input: what only a simulator knows, in the robot's base frame.
+"""Layout of the ``privileged`` teacher input: the simulator's state, in the robot's base frame.
 
-The robot's base only ever turns about the vertical axis in the tasks at hand, so z is height above the table.
-Quaternions are (w, x, y, z). Fields that a task has no use for are zero.
+In these tasks the robot's base turns only about the vertical axis, so z is height above the table.
+Quaternions are (w, x, y, z). Fields that a task does not use are zero.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ SIZE = sum(FIELDS.values())
 
 
 def field_slices() -> dict[str, slice]:
-    """Where each field lies in the vector."""
-    slices, start = {}, 0
+    """The slice of the vector that each field lies in."""
+    slices = {}
+    start = 0
     for name, length in FIELDS.items():
         slices[name] = slice(start, start + length)
         start += length

@@ -1,4 +1,4 @@
-"""What a teacher is: a spec, a query, the labels that answer it.
+"""A teacher's interface: its spec, the queries that it gets, the labels that it answers with.
 
 Shape letters: N queries in a batch, A action dimensions, S state values, H and W pixels.
 """
@@ -40,7 +40,7 @@ class TeacherUnavailable(TeacherError):
 
 
 class Query(NamedTuple):
-    """A batch of questions: what would the teacher have done here?
+    """A batch of observations, for each of which the teacher says what it would have done there.
 
     ``inputs`` maps the teacher's input names to arrays with first dimension N: ``privileged`` (N, S) float32,
     ``state`` (N, S) float32, ``images.<camera>`` (N, H, W, 3) uint8, ``instruction`` (N,) str.
@@ -48,20 +48,20 @@ class Query(NamedTuple):
 
     inputs: Mapping[str, np.ndarray]
     env_ids: np.ndarray
-    """(N,) int: which environment asks."""
+    """(N,) int: which environment each row comes from."""
     episode_starts: np.ndarray
-    """(N,) bool: True where a teacher with a memory starts afresh: at the first observation of an episode, and where the
-    observation before was not asked about."""
+    """(N,) bool: True where a teacher with a memory must clear it: at the first observation of an episode, and where the
+    observation before was not in a query."""
     actions: np.ndarray | None = None
-    """(N, ...) what the student does there, for teachers that score it; None when nobody acted."""
+    """(N, ...) the student's actions there, for teachers that score them; None without a student."""
     number: int | None = None
-    """Counts the queries of one asker, so that a teacher with a memory knows a question that is repeated; None: it
-    is never repeated."""
+    """Counts the queries of one client, so that a teacher with a memory recognises a query that is repeated; None: no
+    query is ever repeated."""
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a teacher needs and gives; checked against the environment before training starts."""
+    """A teacher's inputs, labels and conventions; checked against the environment before training starts."""
 
     name: str
     labels: frozenset[str]
@@ -72,7 +72,7 @@ class TeacherSpec:
     control_mode: str | None = None
     """Controller the actions are meant for; None: not tied to one."""
     env_id: str | None = None
-    """The only environment that the teacher knows; None: any."""
+    """The only environment that the teacher can label; None: any."""
     stateful: bool = False
     """True if answers depend on earlier queries of the same environment."""
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class TeacherSpec:
     rotation: str | None = None
     """How the action turns the hand, e.g. ``axis_angle`` (ManiSkill's) or ``euler_xyz``; None: not known."""
     unnorm_key: str | None = None
-    """Dataset whose statistics un-normalise the actions; None: there is no such choice."""
+    """Dataset whose statistics unnormalize the actions; None: the teacher has none."""
     rotation_sign: int = 1
     """-1 if the environment turns the other way: dimensions 3 to 5 of an action are to be negated."""
     token_bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None

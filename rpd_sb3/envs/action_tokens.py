@@ -1,4 +1,7 @@
-"""ActionTokens: actions as tokens, as a vision-language-action model gives them."""
+"""ActionTokens: actions as tokens, as a vision-language-action model gives them.
+
+Shape letter: A action dimensions.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from rpd_sb3.contract.bins import N_BINS, Bounds, to_clipped_actions, to_tokens,
 
 
 class ActionTokens(gym.ActionWrapper):
-    """The environment acts on bin centres: ``MultiDiscrete([n_bins] * A)`` instead of ``Box(-1, 1, (A,))``.
+    """The environment with the action space ``MultiDiscrete([n_bins] * A)``; it is given the centres of the bins.
 
     Bins are exactly OpenVLA's (:mod:`rpd_sb3.contract.bins`): 256 tokens, 255 centres from -0.996 to 0.996.
 
-    :param env: environment with actions in [-1, 1]
+    :param env: environment with actions ``Box(-1, 1, (A,))``
     :param n_bins: tokens of each action dimension
-    :param bounds: actions that the ends of the bins stand for, ``(A,)`` each, as a teacher's statistics have them
-        (:func:`rpd_sb3.contract.conventions.token_bounds`); None: -1 and 1. What they stand for is clipped to [-1, 1]
+    :param bounds: actions that the ends of the bins stand for, ``(A,)`` each, e.g. a teacher's
+        (:func:`rpd_sb3.contract.conventions.convert_token_bounds`); None: -1 and 1. Actions are clipped to [-1, 1]
     :raises ValueError: for another action space, fewer than two tokens, or bounds that do not fit
     """
 
@@ -46,13 +49,13 @@ class ActionTokens(gym.ActionWrapper):
 
 
 def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = None) -> np.ndarray:
-    """What a student with this action space shall do: the actions themselves, or their tokens.
+    """Demonstrated actions as a student with this action space learns them: the actions themselves, or their tokens.
 
     :param actions: ``(n, A)``, continuous
     :param space: Box of shape (A,), or MultiDiscrete([n_bins] * A)
-    :param bounds: what the ends of the bins stand for; None: -1 and 1
+    :param bounds: of the tokens; None: -1 and 1
     :return: ``(n, A)`` float32, or int64 tokens
-    :raises ValueError: if the actions do not fit
+    :raises ValueError: if the actions do not fit the space
     """
     n_bins = token_bins(space)
     if n_bins is None and not isinstance(space, spaces.Box):
@@ -69,7 +72,7 @@ def targets(actions: np.ndarray, space: spaces.Space, bounds: Bounds | None = No
 
 
 def find_token_bounds(venv: VecEnv) -> Bounds | None:
-    """The bounds of the environments' :class:`ActionTokens`; None: -1 and 1, or no tokens."""
+    """The bounds of the environments' :class:`ActionTokens`; None: they are -1 and 1, or the actions are not tokens."""
     return venv.get_attr("token_bounds")[0] if venv.has_attr("token_bounds") else None
 
 

@@ -1,4 +1,4 @@
-"""One way to make an environment, or many of them: ManiSkill ids and any other Gymnasium id."""
+"""Environments by their id, one or many: ManiSkill's tasks and any other id that Gymnasium knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.contract.bins import N_BINS, Bounds
-from rpd_sb3.contract.conventions import token_bounds
+from rpd_sb3.contract.conventions import convert_token_bounds
 from rpd_sb3.contract.names import closest
 from rpd_sb3.contract.teacher import TeacherSpec
 from rpd_sb3.envs.action_tokens import ActionTokens
@@ -21,8 +21,8 @@ from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 
 VEC_ENVS = ("subproc", "dummy")
 Tokens = bool | int | Mapping[str, Any]
-MANISKILL_CONVENTIONS = {"rotation": "axis_angle"}
-"""How the actions of a ManiSkill controller are meant, by field of TeacherSpec that no adapter converts."""
+MANISKILL_ROTATION = "axis_angle"
+"""How the actions of a ManiSkill controller turn the hand; no other way is converted."""
 
 
 def make_env(
@@ -52,7 +52,7 @@ def make_env(
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
     :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256. Their
         bounds are the teacher's; a mapping ``{low: [...], high: [...]}`` gives others, e.g. to go on without the teacher
-    :param teacher: spec of the teacher whose inputs the observation shall carry under ``teacher/``
+    :param teacher: spec of the teacher; observations get its inputs under ``teacher/``
     :param render_mode: Gymnasium's
     :param env_kwargs: further arguments of the environment itself
     :raises ValueError: for an unknown id, or an option that the environment does not have
@@ -70,12 +70,12 @@ def make_env(
         if given:
             raise ValueError(f"env {env_id!r} is not a ManiSkill task: it has no option {', '.join(given)}")
         check_env_id(env_id)
-        check_teacher(teacher, env_id, None)
-        return _acting_with(tokens, teacher, gym.make(env_id, render_mode=render_mode, **env_kwargs))
+        check_spec(teacher, env_id, None)
+        return _add_tokens(tokens, teacher, gym.make(env_id, render_mode=render_mode, **env_kwargs))
     from rpd_sb3.envs import maniskill
 
     control_mode = control_mode or "pd_ee_delta_pose"
-    check_teacher(teacher, env_id, control_mode)
+    check_spec(teacher, env_id, control_mode)
     inputs = () if teacher is None else teacher.inputs
     sizes = {} if teacher is None else dict(teacher.image_sizes)
     camera = camera or "human"
@@ -92,13 +92,13 @@ def make_env(
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
-    return _acting_with(
+    return _add_tokens(
         tokens, teacher, maniskill.make_maniskill(env_id, view, reward, control_mode, render_mode, **env_kwargs)
     )
 
 
-def _acting_with(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> gym.Env:
-    """The environment with action tokens if they are asked for."""
+def _add_tokens(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> gym.Env:
+    """The environment, with action tokens if they are asked for."""
     if tokens is False:
         return env
     if isinstance(tokens, Mapping):
@@ -107,18 +107,21 @@ def _acting_with(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> g
                 f"tokens={dict(tokens)}: {', '.join(sorted(unknown))}: expected low, high and perhaps n_bins"
             )
         return ActionTokens(env, tokens.get("n_bins", N_BINS), Bounds(tokens["low"], tokens["high"]))
-    bounds = None if teacher is None else token_bounds(teacher)
+    bounds = None if teacher is None else convert_token_bounds(teacher)
     return ActionTokens(env, N_BINS if tokens is True else tokens, bounds)
 
 
 def with_token_bounds(options: Mapping[str, Any], teacher: TeacherSpec | None) -> dict[str, Any]:
-    """The options with the bounds of the teacher's tokens written out: a student acts the same where its teacher is not.
+    """The options with the bounds of the teacher's tokens written out, so that the student acts the same without the teacher.
 
     :param options: of :func:`make_env`
     :param teacher: spec of the teacher that the student learns from
     """
     tokens = options.get("tokens", False)
-    if teacher is None or tokens is False or isinstance(tokens, Mapping) or (bounds := token_bounds(teacher)) is None:
+    if teacher is None or tokens is False or isinstance(tokens, Mapping):
+        return dict(options)
+    bounds = convert_token_bounds(teacher)
+    if bounds is None:
         return dict(options)
     n_bins = N_BINS if tokens is True else tokens
     return dict(options) | {"tokens": {"n_bins": n_bins, "low": bounds.low.tolist(), "high": bounds.high.tolist()}}
@@ -143,15 +146,15 @@ def is_maniskill(env_id: str) -> bool:
 
 
 def evaluation_options(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for evaluation: a ManiSkill episode goes on after success."""
+    """The options for evaluation, where a ManiSkill episode goes on after success."""
     return dict(options) | ({"on_success": "continue"} if is_maniskill(env_id) else {})
 
 
-def check_teacher(spec: TeacherSpec | None, env_id: str, control_mode: str | None) -> None:
-    """Make sure that the teacher is meant for this environment and controller.
+def check_spec(spec: TeacherSpec | None, env_id: str, control_mode: str | None) -> None:
+    """Checks that the teacher's spec is meant for this environment and controller.
 
     :param spec: the teacher's; None: nothing to check
-    :param env_id: environment
+    :param env_id: of the environment
     :param control_mode: ManiSkill controller; None: the environment has none
     :raises ValueError: if it is not
     """
@@ -164,19 +167,18 @@ def check_teacher(spec: TeacherSpec | None, env_id: str, control_mode: str | Non
             f"teacher {spec.name!r} gives actions for control_mode={spec.control_mode!r}, "
             f"but env {env_id!r} has control_mode={control_mode!r}"
         )
-    for name, ours in MANISKILL_CONVENTIONS.items() if control_mode is not None else ():
-        theirs = getattr(spec, name)
-        if theirs not in (None, ours):
-            raise ValueError(
-                f"teacher {spec.name!r} gives {name}={theirs!r}, but env {env_id!r} takes {ours!r}; convert its actions"
-            )
+    if control_mode is not None and spec.rotation not in (None, MANISKILL_ROTATION):
+        raise ValueError(
+            f"teacher {spec.name!r} gives rotation={spec.rotation!r}, but env {env_id!r} takes {MANISKILL_ROTATION!r}; "
+            "convert its actions"
+        )
 
 
 def check_env_id(env_id: str) -> None:
-    """Make sure that the id exists.
+    """Checks that there is such an environment.
 
     :param env_id: ``name``, or ``module:name`` for one that is registered when the module is imported
-    :raises ValueError: naming the closest known id
+    :raises ValueError: with the closest known id
     """
     module, _, name = env_id.rpartition(":")
     if module:

@@ -31,12 +31,12 @@ ON_SUCCESS = ("terminate", "truncate", "continue")
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
 
-# A remark to authors of scenes, three times for each environment of some tasks.
+# A warning for authors of scenes; some tasks log it three times for each environment.
 maniskill_logger.addFilter(lambda record: "No initial pose set" not in record.getMessage())
 
 
 class View(NamedTuple):
-    """What the environment shows, and how it ends."""
+    """What an environment's observations hold, and how its episodes end."""
 
     obs: str
     """Student's view: ``state``, ``rgb`` or ``rgb+state`` (image and proprioception)."""
@@ -118,7 +118,7 @@ def make_maniskill(
 
 
 class ManiSkillAdapter(gym.Wrapper):
-    """Student's and teacher's views, honest episode ends and per-episode seeds for one ManiSkill environment.
+    """One ManiSkill environment with views for student and teacher, ends of episodes as asked for, and seeds for each episode.
 
     ``info`` carries ``is_success`` at every step, and ``success_once`` and ``success_at_end`` at the last one.
     After ``reset(seed=s)`` the seeds of all later episodes follow from ``s`` alone: not from the steps taken, other
@@ -130,7 +130,6 @@ class ManiSkillAdapter(gym.Wrapper):
         self.view = view
         self.task = TASKS.get(env_id)
         self._scene: Any = env.unwrapped
-        self.horizon: int = gym.spec(env_id).max_episode_steps  # type: ignore[assignment]
         self._episode_seeds = np.random.default_rng()
         self._slices = field_slices()
         self._success_once = False
@@ -145,7 +144,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     @property
     def instruction(self) -> str:
-        """What a VLA is told to do (paper, Table I); empty for a task that is not the paper's."""
+        """The instruction for a VLA (paper, Table I); empty for a task that is not the paper's."""
         return self.task.instruction if self.task else ""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -231,7 +230,7 @@ class ManiSkillAdapter(gym.Wrapper):
         return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
 
     def _proprioception(self) -> np.ndarray:
-        """Joint positions and velocities and the tool's pose, (25,): what a real arm knows of itself."""
+        """Joint positions and velocities and the tool's pose, (25,), which a real arm measures too."""
         agent = self._scene.agent
         parts = (agent.robot.qpos[0], agent.robot.qvel[0], agent.tcp.pose.raw_pose[0])
         return np.concatenate([common.to_numpy(part) for part in parts]).astype(np.float32)
@@ -261,9 +260,12 @@ class ManiSkillAdapter(gym.Wrapper):
 
 
 def check_view(env_id: str, view: View, reward: str) -> None:
-    """Say clearly which option has a value that does not exist.
+    """Checks the options of an environment.
 
-    :raises ValueError: for an unknown option value, or a teacher's view that cannot be given
+    :param env_id: for the message
+    :param view: what student and teacher see
+    :param reward: ``sparse`` or ``dense``
+    :raises ValueError: for an unknown value of an option, or an input of the teacher that the environment does not have
     """
     options: Sequence[tuple[str, str, Sequence[str]]] = (
         ("obs", view.obs, OBS_MODES),

@@ -1,4 +1,4 @@
-"""The eight ManiSkill tasks of the RPD paper: what they say to a VLA, and where their objects are."""
+"""The eight ManiSkill tasks of the RPD paper: their instructions, and the attributes that hold their objects."""
 
 from __future__ import annotations
 

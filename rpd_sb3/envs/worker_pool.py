@@ -1,7 +1,12 @@
-"""WorkerPoolVecEnv: many environments in a few worker processes. N is the number of environments."""
+"""WorkerPoolVecEnv: many environments in a few worker processes, which write observations into memory that all share.
+
+Shape letter: N environments.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 import multiprocessing as mp
 import os
 import signal
@@ -10,24 +15,28 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import (
     CloudpickleWrapper,
     VecEnvIndices,
     VecEnvObs,
     VecEnvStepReturn,
 )
-from stable_baselines3.common.vec_env.util import obs_space_info
+from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
-from rpd_sb3.envs.shared_observations import SharedDummyVecEnv, make_memory, map_block
-
-PRELOAD = "rpd_sb3.envs.worker"
+PRELOAD = ["rpd_sb3.envs.factory", "rpd_sb3.envs.maniskill"]
+"""Modules that the fork server imports once for all workers; one that is not installed is left out."""
 CLOSE_TIMEOUT = 10.0
 """Seconds that the workers get to close before they are terminated."""
+ALIGNMENT = 64
+"""Each array in the shared memory begins at a multiple of this many bytes."""
+Rows = dict[Any, np.ndarray]
+"""SB3's key of each part of an observation (None if there is only one) to an array of N rows."""
 
 
 class WorkerPoolVecEnv(VecEnv):
@@ -49,10 +58,11 @@ class WorkerPoolVecEnv(VecEnv):
         n_workers = min(len(env_fns), n_workers or os.cpu_count() or 1)
         self._rows = np.array_split(np.arange(len(env_fns)), n_workers)
         # The fork server imports the simulator once; its children start in milliseconds and share the memory.
-        mp.set_forkserver_preload([PRELOAD])
+        mp.set_forkserver_preload(PRELOAD)
         context = mp.get_context("forkserver")
         self._remotes: list[Connection] = []
         self._processes = []
+        self._sent = [0] * n_workers  # commands so far: a worker's answer carries the number of its command
         for rows in self._rows:
             remote, worker_remote = context.Pipe()
             fns = CloudpickleWrapper([env_fns[i] for i in rows])
@@ -61,16 +71,19 @@ class WorkerPoolVecEnv(VecEnv):
             worker_remote.close()
             self._remotes.append(remote)
             self._processes.append(process)
-        spaces = [self._receive(worker) for worker in range(n_workers)]
-        super().__init__(len(env_fns), *spaces[0])
-        self._share([obs_space for obs_space, _ in spaces])
+        try:
+            of_workers = [self._receive(worker) for worker in range(n_workers)]
+            super().__init__(len(env_fns), *of_workers[0])
+            self._share([obs_space for obs_space, _ in of_workers])
+        except BaseException:
+            self.close()
+            raise
 
     def _share(self, obs_spaces: Sequence[gym.Space]) -> None:
-        """Map one block for the observations of all environments, here and in the workers."""
+        """Map one block of memory for the observations of all environments, in this process and in the workers."""
         space = self.observation_space
         for worker, other in enumerate(obs_spaces):
             if obs_space_info(other) != obs_space_info(space):
-                self.close()
                 raise ValueError(
                     f"WorkerPoolVecEnv: env 0 shows {space}, but env {self._rows[worker][0]} shows {other}; all "
                     "environments must show arrays of the same shapes and types"
@@ -159,16 +172,20 @@ class WorkerPoolVecEnv(VecEnv):
         return [results[i] for i in wanted]
 
     def _send(self, worker: int, command: str, *data: Any) -> None:
+        self._sent[worker] += 1
         try:
-            self._remotes[worker].send((command, data))
+            self._remotes[worker].send((self._sent[worker], command, data))
         except OSError as error:
             raise self._died(worker) from error
 
     def _receive(self, worker: int) -> Any:
-        try:
-            failed, result = self._remotes[worker].recv()
-        except (EOFError, OSError) as error:
-            raise self._died(worker) from error
+        """The answer to the worker's last command. Older ones, left unread by an exception in between, are dropped."""
+        number = None
+        while number != self._sent[worker]:
+            try:
+                number, failed, result = self._remotes[worker].recv()
+            except (EOFError, OSError) as error:
+                raise self._died(worker) from error
         if failed:
             raise RuntimeError(f"environment worker {worker} failed:\n{result}")
         return result
@@ -180,31 +197,31 @@ class WorkerPoolVecEnv(VecEnv):
 
 
 def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
-    """A worker's life: build its share of the environments, obey, answer ``(failed, result)``."""
+    """The program of a worker: make its share of the environments, obey commands, answer ``(number, failed, result)``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         venv = SharedDummyVecEnv(env_fns.var)
-        remote.send((False, (venv.observation_space, venv.action_space)))
+        remote.send((0, False, (venv.observation_space, venv.action_space)))
     except Exception:
-        remote.send((True, traceback.format_exc()))
+        remote.send((0, True, traceback.format_exc()))
         return
     while True:
         try:
-            command, data = remote.recv()
+            number, command, data = remote.recv()
         except (EOFError, OSError):
             break
         try:
             if command == "share":
                 data = (recv_handle(remote), *data)
-            answer: tuple[bool, Any] = (False, _obey(venv, command, data))
+            answer: tuple[int, bool, Any] = (number, False, _obey(venv, command, data))
         except Exception:
-            answer = (True, traceback.format_exc())
+            answer = (number, True, traceback.format_exc())
         try:
             remote.send(answer)
-        except OSError:  # nobody listens any more
+        except OSError:  # the parent has closed the pipe
             break
         except Exception:
-            remote.send((True, traceback.format_exc()))  # an answer that cannot be pickled
+            remote.send((number, True, traceback.format_exc()))  # an answer that cannot be pickled
     venv.close()
 
 
@@ -228,3 +245,91 @@ def _obey(venv: SharedDummyVecEnv, command: str, data: tuple[Any, ...]) -> Any:
         return [venv.has_attr(*args)] * len(local)
     result = getattr(venv, name)(*args, indices=local, **kwargs)
     return [None] * len(local) if result is None else result
+
+
+class ObservationBlock(NamedTuple):
+    """Where the environments' processes write their observations, and the parent reads them.
+
+    The memory has no name, so nothing is left behind by processes that are killed, and the size of ``/dev/shm`` does not
+    matter. It needs no lock: a worker writes between a command and its answer, the parent reads after the answer.
+    """
+
+    space: spaces.Space
+    current: Rows
+    terminal: Rows
+    """Last observations of the episodes that ended in this step; other rows mean nothing."""
+
+    def read_current(self) -> VecEnvObs:
+        """A copy of all current observations, as SB3's VecEnvs give them."""
+        return dict_to_obs(self.space, {key: values.copy() for key, values in self.current.items()})
+
+    def read_terminal(self, env: int) -> VecEnvObs:
+        """A copy of the terminal observation of one environment."""
+        return dict_to_obs(self.space, {key: values[env].copy() for key, values in self.terminal.items()})
+
+
+def make_memory(space: spaces.Space, n_envs: int) -> int:
+    """A descriptor of empty memory for :func:`map_block`.
+
+    :param space: of one environment's observation
+    :param n_envs: N
+    """
+    memory = os.memfd_create("rpd_sb3-observations")
+    os.truncate(memory, _layout(space, n_envs)[1])
+    return memory
+
+
+def map_block(memory: int, space: spaces.Space, n_envs: int) -> ObservationBlock:
+    """The block in this process.
+
+    :param memory: descriptor of :func:`make_memory` for the same space and number; may be closed afterwards
+    :param space: of one environment's observation
+    :param n_envs: N
+    """
+    arrays, size = _layout(space, n_envs)
+    mapped = mmap.mmap(memory, size)
+    halves: tuple[Rows, Rows] = ({}, {})
+    for half, key, shape, dtype, offset in arrays:
+        halves[half][key] = np.ndarray(shape, dtype, mapped, offset)
+    return ObservationBlock(space, *halves)
+
+
+def _layout(space: spaces.Space, n_envs: int) -> tuple[list[tuple[int, Any, tuple[int, ...], np.dtype, int]], int]:
+    """(half, key, shape, dtype, offset) of all arrays, and the bytes that they need."""
+    keys, shapes, dtypes = obs_space_info(space)
+    arrays, size = [], 0
+    for half in (0, 1):
+        for key in keys:
+            shape, dtype = (n_envs, *shapes[key]), np.dtype(dtypes[key])
+            arrays.append((half, key, shape, dtype, size))
+            size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return arrays, max(size, 1)
+
+
+class SharedDummyVecEnv(DummyVecEnv):
+    """A DummyVecEnv that writes observations into its rows of a block, once, instead of returning them.
+
+    ``terminal_observation`` goes there too, and out of the infos.
+    """
+
+    def share(self, block: ObservationBlock, first_row: int) -> None:
+        """Write from now on into as many rows of the block as there are environments.
+
+        :param block: of observations like ours
+        :param first_row: of our first environment
+        """
+        rows = slice(first_row, first_row + self.num_envs)
+        self.buf_obs = {key: values[rows] for key, values in block.current.items()}  # type: ignore[assignment]
+        self._terminal = {key: values[rows] for key, values in block.terminal.items()}
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = super().step_wait()
+        for env, info in enumerate(infos):
+            terminal = info.pop("terminal_observation", None)
+            if dones[env]:
+                for key in self.keys:
+                    self._terminal[key][env] = terminal if key is None else terminal[key]
+        return obs, rewards, dones, infos
+
+    def _obs_from_buf(self) -> Any:
+        return None

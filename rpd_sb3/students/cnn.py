@@ -1,4 +1,4 @@
-"""Students that look at images: the RPD paper's CNN, and a compact one that is as good at a third of the side length.
+"""CNNs for image observations: the RPD paper's, and a compact one that is as good at a third of the side length.
 
 Observations are an image, or a Dict of one image and any number of vectors (``rgb+state``). Images stay uint8 in buffers
 and on the way to the device; SB3's policies divide them by 255 there.
@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
 class CompactCNN(BaseFeaturesExtractor):
     """Features extractor of 0.73 million weights at 128 x 128 pixels: Nature's strided stem, then IMPALA's residual blocks.
 
-    Vectors beside the image are standardised by :class:`RunningNorm` and appended.
+    Vectors beside the image are normalized by :class:`RunningNorm` and appended.
 
     :param observation_space: an image ``(3, H, W)``, or a Dict of one image and vectors
     :param features_dim: D, what an image becomes
@@ -54,7 +54,9 @@ class CompactCNN(BaseFeaturesExtractor):
         )
         images = [key for key, space in parts.items() if is_image_space(space)]
         if len(images) != 1:
-            raise ValueError(f"CompactCNN looks at one image, got {observation_space}; set env_kwargs: {{obs: rgb}}")
+            raise ValueError(
+                f"CompactCNN needs exactly one image, got {observation_space}; set env_kwargs: {{obs: rgb}}"
+            )
         (self._image,) = images
         shape = parts[self._image].shape
         assert shape is not None
@@ -79,7 +81,7 @@ class CompactCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor | TensorDict) -> th.Tensor:
         parts = observations if isinstance(observations, dict) else {self._image: observations}
-        # Images decide: convolutions follow their layout, and orthogonal initialisation knows only contiguous weights.
+        # Convolutions follow the layout of the image; the weights stay contiguous, as orthogonal initialisation needs them.
         image = parts[self._image].contiguous(memory_format=th.channels_last)
         vectors = [norm(parts[key]) for key, norm in self.norms.items()]
         return th.cat([self.encoder(image - 0.5), *vectors], dim=1)  # around zero: from 0 to 1 it learns more slowly

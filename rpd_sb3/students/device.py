@@ -1,4 +1,4 @@
-"""Where a student computes, and with how many threads."""
+"""Where a student runs, and with how many threads."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
+from rpd_sb3.contract.device import check_device
 
-def check_device(name: str) -> str:
-    """The device, ``auto`` resolved.
-
-    :raises ValueError: if PyTorch does not know it or it is not there
-    """
-    try:
-        device = th.device("cuda" if name == "auto" and th.cuda.is_available() else "cpu" if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is unknown to PyTorch; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= th.cuda.device_count():
-        raise ValueError(f"--device {name!r}: PyTorch sees {th.cuda.device_count()} CUDA devices here")
-    return str(device)
+__all__ = ["check_device", "has_images", "set_threads"]
 
 
 def set_threads(n: int | None, device: str, space: spaces.Space) -> None:
-    """One thread for a small network on the CPU: more only contend (2.8 times slower on two cores)."""
+    """Set PyTorch's threads; by default one for a small network on the CPU: more only contend (2.8 times slower on two cores).
+
+    :param n: number of threads; None: chosen by the other two
+    :param device: where the network runs
+    :param space: of its observations
+    """
     if n is None and device == "cpu" and not has_images(space):
         n = 1
     if n is not None:

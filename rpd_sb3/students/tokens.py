@@ -1,4 +1,4 @@
-"""Students whose action is a row of tokens, as in vision-language-action models.
+"""Policies whose actions are tokens, as those of vision-language-action models.
 
 Shape letters: B batch, K tokens of an action, V bins of a token.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution
@@ -17,6 +16,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
+
+from rpd_sb3.contract.bins import require_token_bins
 
 
 def choose_tokens(logits: th.Tensor, temperature: float) -> th.Tensor:
@@ -29,7 +30,7 @@ def choose_tokens(logits: th.Tensor, temperature: float) -> th.Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1)
     # Inverse transform: one random number per token, where th.multinomial draws V and takes half the time of an action.
-    # The threshold rounds to less than the last value, so the index is V, and refused by whoever uses it, only for NaN.
+    # The threshold rounds to less than the last value, so the index is V only for NaN, and indexing with it fails.
     cdf = F.softmax(logits.detach().float() / temperature, dim=-1).cumsum(dim=-1)
     threshold = th.rand(*logits.shape[:-1], 1, device=logits.device) * cdf[..., -1:]
     return th.searchsorted(cdf, threshold, right=True).squeeze(-1)
@@ -47,11 +48,12 @@ class TokenDistribution(Distribution):
     """
 
     logits: th.Tensor
-    """``(B, K, V)`` log-probabilities: the policy's logits over its temperature, normalised."""
+    """``(B, K, V)`` log-probabilities: the policy's logits over its temperature, normalized."""
 
     def __init__(self, n_tokens: int, n_bins: int) -> None:
         super().__init__()
-        self.n_tokens, self.n_bins = n_tokens, n_bins
+        self.n_tokens = n_tokens
+        self.n_bins = n_bins
 
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
         """The layer from a latent ``(B, latent_dim)`` to the logits ``(B, K * V)`` of independent tokens.
@@ -123,7 +125,7 @@ def token_logits(distribution: Distribution) -> th.Tensor:
 
     :param distribution: over tokens of V bins each, ours or SB3's
     :return: ``(B, K, V)``
-    :raises ValueError: if the distribution is none over tokens of equal size
+    :raises ValueError: if it is not a distribution over tokens of equal size
     """
     if isinstance(distribution, TokenDistribution):
         return distribution.logits
@@ -132,24 +134,6 @@ def token_logits(distribution: Distribution) -> th.Tensor:
     if len({*map(int, distribution.action_dims)}) != 1:
         raise ValueError(f"token_logits needs tokens of equal size, got sizes {list(distribution.action_dims)}")
     return th.stack([token.logits for token in distribution.distribution], dim=1)
-
-
-def token_shape(action_space: spaces.Space, name: str) -> tuple[int, int]:
-    """Number of tokens K and bins V of an action space.
-
-    :param action_space: MultiDiscrete([V] * K)
-    :param name: who asks
-    :return: K and V
-    :raises ValueError: if the space is another one
-    """
-    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim == 1 and not action_space.start.any():
-        sizes = np.unique(action_space.nvec)
-        if len(sizes) == 1:
-            return len(action_space.nvec), int(sizes[0])
-    raise ValueError(
-        f"{name} needs action tokens, a MultiDiscrete space of equal sizes that starts at 0, got {action_space}; "
-        "wrap the env in ActionTokens (--env-kwargs tokens:true)"
-    )
 
 
 def default_features_extractor(observation_space: spaces.Space, normalize_images: bool) -> type[BaseFeaturesExtractor]:
@@ -196,22 +180,24 @@ class TokenPolicy(ActorCriticPolicy):
             raise ValueError(f"{name}: temperature={temperature} must be positive")
         if not eval_temperature >= 0:
             raise ValueError(f"{name}: eval_temperature={eval_temperature} must not be negative")
-        self.n_tokens, self.n_bins = token_shape(action_space, name)
-        self.temperature, self.eval_temperature = temperature, eval_temperature
+        self.n_bins = require_token_bins(name, action_space)
+        (self.n_tokens,) = action_space.shape  # type: ignore[misc]
+        self.temperature = temperature
+        self.eval_temperature = eval_temperature
         if "features_extractor_class" not in kwargs:
             normalize_images = kwargs.get("normalize_images", True)
             kwargs["features_extractor_class"] = default_features_extractor(observation_space, normalize_images)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        # SB3 knows no other distribution over MultiDiscrete than its own; the layer that it builds for that is ours.
+        # SB3 always builds its own distribution for MultiDiscrete; the layer that comes with it has the size of ours.
         super()._build(lr_schedule)
         self.action_dist = TokenDistribution(self.n_tokens, self.n_bins)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
             **super()._get_constructor_parameters(),
-            "share_features_extractor": self.share_features_extractor,  # SB3 2.9 forgets it: separate ones load as shared
+            "share_features_extractor": self.share_features_extractor,  # SB3 2.9 leaves it out: separate ones load as shared
             "temperature": self.temperature,
             "eval_temperature": self.eval_temperature,
         }
@@ -237,7 +223,7 @@ class TokenPolicy(ActorCriticPolicy):
         return choose_tokens(logits, temperature), logits
 
     def _distribution(self, logits: th.Tensor) -> TokenDistribution:
-        # A new one each time: SB3 overwrites one and the same, also where somebody still holds it.
+        # A new object each time: SB3 overwrites one and the same, which a caller may still hold.
         return TokenDistribution(self.n_tokens, self.n_bins).proba_distribution(logits / self.temperature)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:

@@ -1,4 +1,4 @@
-"""A student whose action tokens depend on one another: a causal transformer over them.
+"""A policy whose action tokens depend on one another: a causal transformer over them.
 
 Shape letters: B batch, K tokens, V bins, T tokens of a pass, P tokens passed before, D width, H heads.
 """
@@ -44,7 +44,8 @@ class CausalBlock(nn.Module):
         n_batch, n_tokens, d_model = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(n_batch, n_tokens, 3, self.n_heads, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)
-        query, present = qkv[0], qkv[1:]
+        query = qkv[0]
+        present = qkv[1:]
         keys_values = present if past is None else th.cat([past, present], dim=3)
         # With a past, the one query is the last token: it sees everything.
         attended = F.scaled_dot_product_attention(query, keys_values[0], keys_values[1], is_causal=past is None)
@@ -145,7 +146,9 @@ class AutoregressivePolicy(TokenPolicy):
         n_heads: int = 4,
         **kwargs: Any,
     ) -> None:
-        self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.n_heads = n_heads
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Beginning with the weights of another student."""
+"""Loading the weights of a saved model into a new one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load_weights(policy: BasePolicy, path: str | Path) -> None:
 
     :param policy: of the same architecture; left as it is if the file is refused
     :param path: ``.zip`` of an SB3 model, e.g. the ``best_model.zip`` of a run
-    :raises ValueError: if there is no such file, it is no model, or one of another architecture
+    :raises ValueError: if there is no such file, or it is not a saved model of the same architecture
     """
     weights = _read(path, policy.device)
     there, here = _shapes(weights), _shapes(policy.state_dict())
@@ -41,7 +41,7 @@ def _read(path: str | Path, device: th.device) -> dict[str, th.Tensor]:
     except Exception as error:  # 6 kinds for damaged bytes; for code, the advice to trust the file
         raise ValueError(f"{refused}: its policy.pth is damaged, or holds more than weights") from error
     if not (isinstance(weights, dict) and all(isinstance(value, th.Tensor) for value in weights.values())):
-        raise ValueError(f"{refused}: its policy.pth holds no weights by name")
+        raise ValueError(f"{refused}: its policy.pth is not a mapping of names to weights")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Teachers: who can tell what it would have done."""
+"""Teachers: they label an observation with the action that they would take there."""
 
 from rpd_sb3.contract.teacher import Labels, LocalTeacher, Query, Teacher, TeacherError, TeacherSpec, TeacherUnavailable
 from rpd_sb3.teachers.registry import make_teacher

@@ -1,4 +1,4 @@
-"""Teachers by the name that they go by on the command line. Each is imported when it is asked for."""
+"""Teachers by their name on a command line. The module of a teacher is imported when one is made."""
 
 from __future__ import annotations
 
@@ -7,65 +7,42 @@ import inspect
 from contextlib import ExitStack
 from typing import Any
 
-from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.names import TEACHERS, TeacherKind, closest
 from rpd_sb3.contract.teacher import Teacher, TeacherSpec
 
-TEACHERS = (
-    "scripted",
-    "sb3:FILE",
-    "openvla:PATH",
-    "octo:PATH",
-    "http://HOST:PORT[,http://HOST:PORT...]",
-    "openpi:HOST:PORT",
-    "MODULE:CLASS",
-)
-MODELS = {
-    "openvla": ("rpd_sb3.teachers.openvla.teacher", "OpenVLATeacher", "pip install 'rpd_sb3[openvla]'"),
-    "octo": ("rpd_sb3.teachers.octo", "OctoTeacher", "install requirements/octo.txt"),
-    "openpi": ("rpd_sb3.teachers.openpi.teacher", "OpenPITeacher", "pip install 'rpd_sb3[openpi]'"),
-}
-"""Kind to module, class, and how to get what it needs."""
+_KINDS = {written.partition(":")[0]: kind for written, kind in TEACHERS.items() if kind.module}
+"""What stands before the first colon of a name, to the kind of teacher."""
 
 
 def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
-    :param name: ``scripted``, ``sb3:FILE`` for a saved SB3 policy, ``openvla:PATH`` and ``octo:PATH`` for a
-        checkpoint, the URLs of the replicas of a teacher service, ``openpi:HOST:PORT`` for a policy server of openpi, or
-        ``package.module:Class`` for a class of the user's, which gets ``kwargs`` and nothing else
+    :param name: written as one of :data:`~rpd_sb3.contract.names.TEACHERS`
     :param env_id: environment that it is to teach
-    :param kwargs: further arguments of the teacher's constructor
+    :param kwargs: further arguments of the teacher's constructor; a class of the user's gets nothing else
     :raises ValueError: for an unknown teacher, a missing file or an argument that the teacher does not have
     :raises TypeError: if an argument that it needs is missing
     :raises TeacherError: if a teacher service does not answer
     """
     kind, _, rest = name.partition(":")
-    if kind == "scripted" and not rest:
-        from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
-
-        _check_arguments(ScriptedTeacher, name, kwargs, given=1)
-        return ScriptedTeacher(env_id, **kwargs)
-    if kind == "sb3" and rest:
-        from rpd_sb3.teachers.sb3_policy import SB3Teacher, load_sb3_model
-
-        _check_arguments(SB3Teacher, name, kwargs, given=2)
-        return SB3Teacher(load_sb3_model(rest), name, **kwargs)
-    if kind in MODELS and rest:
-        return _make_model(name, kind, rest, kwargs)
-    if kind in ("http", "https"):
-        from rpd_sb3.teachers.remote.teacher import RemoteTeacher
-
-        _check_arguments(RemoteTeacher, name, kwargs, given=1)
-        return RemoteTeacher(name.split(","), **kwargs)
+    known = _KINDS.get("http" if kind == "https" else kind)
+    if known is not None and bool(rest) != (kind == "scripted"):
+        first: Any = env_id if kind == "scripted" else name.split(",") if kind in ("http", "https") else rest
+        return _make_known(name, known, first, kwargs)
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return _make_own(name, kind, rest, kwargs)
     raise ValueError(f"teacher {name!r} is unknown; choose one of {', '.join(TEACHERS)}")
 
 
 def open_teacher(name: str, env_id: str, kwargs: dict[str, Any], closing: ExitStack) -> Teacher:
-    """The teacher of that name; ``closing`` will close it.
+    """The teacher that a command line names; ``closing`` closes it.
 
-    :raises ValueError: if there is none, or it does not take these options
+    :param name: as in :func:`make_teacher`
+    :param env_id: as in :func:`make_teacher`
+    :param kwargs: as in :func:`make_teacher`
+    :param closing: closes the teacher when it is closed itself
+    :raises ValueError: if there is no such teacher, or it does not take these options
+    :raises TeacherError: if a teacher service does not answer
     """
     try:
         teacher = make_teacher(name, env_id, **kwargs)
@@ -75,15 +52,18 @@ def open_teacher(name: str, env_id: str, kwargs: dict[str, Any], closing: ExitSt
     return teacher
 
 
-def _make_model(name: str, kind: str, rest: str, kwargs: dict[str, Any]) -> Teacher:
-    module, cls, install = MODELS[kind]
+def _make_known(name: str, kind: TeacherKind, first: Any, kwargs: dict[str, Any]) -> Teacher:
+    """A teacher of the library's.
+
+    :param first: first argument of its constructor: what the name says
+    """
     try:
-        teacher = getattr(importlib.import_module(module), cls)
+        cls = getattr(importlib.import_module(kind.module), kind.class_name)
     except ImportError as error:
-        raise ValueError(f"teacher {name!r}: {error}; {install}") from error
-    _check_arguments(teacher, name, kwargs, given=1)
-    made: Teacher = teacher(rest, **kwargs)
-    return made
+        raise ValueError(f"teacher {name!r}: {error}; {kind.install}") from error
+    _check_arguments(cls, name, kwargs, given=1)
+    teacher: Teacher = cls(first, **kwargs)
+    return teacher
 
 
 def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teacher:
@@ -94,7 +74,7 @@ def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teach
     if cls not in names:
         raise ValueError(f"teacher {name!r}: module {module!r} has no {cls!r}{closest(cls, names)}")
     if not (inspect.isclass(names[cls]) and callable(getattr(names[cls], "submit", None))):
-        raise ValueError(f"teacher {name!r} is no teacher: expected a class with spec, submit() and close()")
+        raise ValueError(f"teacher {name!r} is not a Teacher: expected a class with spec, submit() and close()")
     _check_arguments(names[cls], name, kwargs, given=0)
     teacher: Teacher = names[cls](**kwargs)
     if not isinstance(getattr(teacher, "spec", None), TeacherSpec):

@@ -31,20 +31,23 @@ class SB3Teacher(LocalTeacher):
     """Labels with the deterministic action of a trained SB3 model.
 
     The teacher's inputs follow from the model's observation space: ``state`` for a vector, ``images.<camera>`` for an
-    image, the keys of a Dict. Recurrent policies have a memory, and SB3 gives no way to score single observations
-    with them, so they cannot teach.
+    image, the keys of a Dict. A recurrent policy cannot teach: SB3 gives no way to ask it about single observations.
 
-    :param model: a trained SB3 or sb3-contrib model
-    :param name: shown in messages
-    :param camera: whose images an image policy looks at
-    :raises ValueError: for a recurrent policy
+    :param model: a trained SB3 or sb3-contrib model, or the ``.zip`` file of one (:func:`load_sb3_model`)
+    :param name: shown in messages; None: ``sb3``, or ``sb3:FILE``
+    :param camera: whose images the input of an image policy is
+    :raises ValueError: for a recurrent policy, or a file that cannot be loaded
     """
 
-    def __init__(self, model: BaseAlgorithm, name: str = "sb3", camera: str = "human") -> None:
+    def __init__(self, model: BaseAlgorithm | str, name: str | None = None, camera: str = "human") -> None:
+        if isinstance(model, str):
+            name = name or f"sb3:{model}"
+            model = load_sb3_model(model)
+        name = name or "sb3"
         space: Any = model.observation_space
         if hasattr(model.policy, "lstm_actor"):
             raise ValueError(
-                f"teacher {name!r} is recurrent: its answer depends on a history that a query does not carry"
+                f"teacher {name!r} is recurrent: its answer depends on a history, which a query does not hold"
             )
         super().__init__()
         self._model = model
@@ -83,7 +86,7 @@ def load_sb3_model(path: str, device: str = "cpu") -> BaseAlgorithm:
 
     :param path: the ``.zip`` file
     :param device: where its network runs
-    :raises ValueError: if there is no such file, it is damaged, or its algorithm is not known
+    :raises ValueError: if there is no such file, it is damaged, or its algorithm is unknown
     """
     return _algorithm_of(read_model_data(path), path).load(path, device=device)
 
@@ -109,7 +112,7 @@ def read_model_data(path: str) -> dict[str, Any]:
 
 
 def _algorithm_of(data: dict[str, Any], path: str) -> type[BaseAlgorithm]:
-    """The class to load with: SB3 does not write it down, but the module of the policy tells."""
+    """The class to load with. SB3 does not save it, but the module of the policy's class tells."""
     module = data.get("policy_class", {}).get("__module__", "")
     if "recurrent" in module:
         return RecurrentPPO

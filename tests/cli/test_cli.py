@@ -291,8 +291,8 @@ MISTAKES: list[tuple[list[str], str]] = [
         "no section 'papr-dense'.*did you mean 'paper-dense'",
     ),
     (["--algo", "ppo", "--env", TINY, "--conf-file", "nix.yml"], "'nix.yml' cannot be read: .*No such file"),
-    (["--algo", "ppo", "--env", TINY, "--device", "cudo"], "--device 'cudo' is unknown to PyTorch"),
-    (["--algo", "ppo", "--env", TINY, "--device", "cuda:77"], "--device 'cuda:77': PyTorch sees"),
+    (["--algo", "ppo", "--env", TINY, "--device", "cudo"], "device 'cudo' is unknown to PyTorch"),
+    (["--algo", "ppo", "--env", TINY, "--device", "cuda:77"], "device 'cuda:77' does not exist: PyTorch sees"),
     (["--algo", "ppo", "--env", TINY, "--teacher", "scripted"], "ppo learns without a teacher"),
     (["--algo", "rpd_ppo", "--env", TINY], "rpd_ppo needs a teacher: name one with --teacher"),
     (

@@ -206,13 +206,13 @@ def test_environments_that_cannot_start_alike_are_refused() -> None:
 
 def test_members_of_a_maniskill_group_see_the_same() -> None:
     pytest.importorskip("mani_skill")
-    with closing(make_vec_env("PickCube-v1", 4, seed=0, vec_env="dummy")) as venv:
+    with closing(make_vec_env("PickCube-v1", 4, seed=0, vec_env="dummy", max_episode_steps=5)) as venv:
         begin_groups(venv, 2, rng())
 
         def step(obs: np.ndarray) -> np.ndarray:
             return np.random.default_rng(0).uniform(-1, 1, (4, 7)).astype(np.float32)  # another for each environment
 
-        starts = play(venv, n_steps=50, act=step)
+        starts = play(venv, n_steps=5, act=step)
     assert [len(episodes) for episodes in starts] == [2] * 4
     assert alike(*starts[:2])
     assert alike(*starts[2:])

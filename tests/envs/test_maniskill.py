@@ -18,6 +18,7 @@ from rpd_sb3.labelling import TeacherWrapper
 from rpd_sb3.labelling.vec_teacher import VecTeacher
 from rpd_sb3.teachers import Query, make_teacher
 
+SIMILAR = [task for task in TASKS if task != "PickCube-v1"]
 HORIZONS = {"RollBall-v1": 80, "PullCubeTool-v1": 100}
 ACTIONS = spaces.Box(-1, 1, (7,), np.float32)
 
@@ -35,7 +36,7 @@ def pick_cube() -> Iterator[gym.Env]:
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[None]:
-    """Keeps shaders and meshes loaded: without an environment that renders, the next one compiles them again (5 s)."""
+    """Keeps shaders and meshes loaded; without an environment that renders, the next one compiles them again (5 s)."""
     env = make_env("PushCube-v1", obs="rgb", image_size=8)
     yield
     env.close()
@@ -132,7 +133,7 @@ def test_dense_reward_is_shaped() -> None:
     env.close()
 
 
-def test_a_camera_can_be_moved_and_keeps_its_size_and_field_of_view() -> None:
+def test_a_camera_can_be_moved_and_keeps_its_size_and_field_of_view(renderer: None) -> None:
     from rpd_sb3.envs.maniskill import human_camera
 
     pose = [*np.array(human_camera("PushCube-v1")["pose"]) + [0, 0, 0.1, 0, 0, 0, 0]]
@@ -146,7 +147,7 @@ def test_a_camera_can_be_moved_and_keeps_its_size_and_field_of_view() -> None:
     assert np.abs(frames[0] - frames[1]).mean() > 5
 
 
-def test_images_have_the_asked_size_and_show_the_goal_marker() -> None:
+def test_images_have_the_asked_size_and_show_the_goal_marker(renderer: None) -> None:
     env = make_env("PickCube-v1", obs="rgb+state", image_size=128)
     assert env.observation_space["rgb"] == spaces.Box(0, 255, (128, 128, 3), np.uint8)  # type: ignore[index]
     obs, _ = env.reset(seed=1)
@@ -156,7 +157,7 @@ def test_images_have_the_asked_size_and_show_the_goal_marker() -> None:
     env.close()
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", ["PickCube-v1", *(pytest.param(task, marks=pytest.mark.slow) for task in SIMILAR)])
 def test_a_student_of_any_task_sees_frames_that_follow_from_the_seed(task: str, renderer: None) -> None:
     env = make_env(task, obs="rgb", image_size=84)
     assert env.observation_space == spaces.Box(0, 255, (84, 84, 3), np.uint8)
@@ -184,6 +185,7 @@ def test_a_student_of_any_task_sees_frames_and_itself_but_nothing_of_the_scripte
         obs: Any = venv.reset()
         assert venv.observation_space.contains({key: values[0] for key, values in obs.items()})
         frames.append(obs["rgb"])
+    assert frames[0].std() > 10, "it shows something"
     np.testing.assert_array_equal(frames[0], frames[2])
     assert (frames[0] != frames[1]).any()
     venv.close()
@@ -201,7 +203,7 @@ def test_every_task_has_the_other_sizes_of_its_views(task: str, obs: str, size: 
     env.close()
 
 
-def test_the_side_view_differs_from_the_base_camera() -> None:
+def test_the_side_view_differs_from_the_base_camera(renderer: None) -> None:
     frames = []
     for camera in ("human", "base"):
         env = make_env("PushCube-v1", obs="rgb", camera=camera, image_size=64)
@@ -210,14 +212,14 @@ def test_the_side_view_differs_from_the_base_camera() -> None:
     assert np.abs(frames[0] - frames[1]).mean() > 5
 
 
-def test_stack_cube_has_one_camera() -> None:
+def test_stack_cube_has_one_camera(renderer: None) -> None:
     env = make_env("StackCube-v1", obs="rgb", image_size=64)
     assert env.reset(seed=0)[0].shape == (64, 64, 3)
     assert list(env.unwrapped.scene.sensors) == ["base_camera"]  # type: ignore[attr-defined]
     env.close()
 
 
-def test_a_teacher_with_images_sees_them_at_its_size_and_is_told_what_to_do() -> None:
+def test_a_teacher_with_images_sees_them_at_its_size_and_is_told_what_to_do(renderer: None) -> None:
     class Looker(LocalTeacher):
         spec = spec("images.human", "instruction", image_sizes={"human": (96, 96)})
 
@@ -236,7 +238,7 @@ def test_a_teacher_with_images_sees_them_at_its_size_and_is_told_what_to_do() ->
     teacher.close()
 
 
-def test_student_without_images_does_not_limit_the_size_of_the_teachers() -> None:
+def test_student_without_images_does_not_limit_the_size_of_the_teachers(renderer: None) -> None:
     env = make_env("PushCube-v1", teacher=spec("images.human", image_sizes={"human": (64, 64)}))
     assert env.observation_space["teacher/images.human"].shape == (64, 64, 3)
     env.close()
@@ -253,9 +255,9 @@ def test_the_teachers_wrapper_around_maniskill_passes_check_env() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"obs": "depth"}, "obs='depth' is unknown; choose one of state, rgb, rgb\\+state"),
-        ({"reward": "shaped"}, "reward='shaped' is unknown; choose one of sparse, dense"),
-        ({"camera": "wrist"}, "camera='wrist' is unknown; choose one of human, base"),
+        ({"obs": "depth"}, "obs='depth' is unknown; choose one of state, rgb"),
+        ({"reward": "shaped"}, "reward='shaped' is unknown"),
+        ({"camera": "wrist"}, "camera='wrist' is unknown"),
         ({"on_success": "stop"}, "on_success='stop' is unknown"),
         ({"image_size": 4}, "image_size=4 must be between 8 and"),
         ({"teacher": spec("images.wrist")}, "the teacher asks for 'images.wrist', but env 'PickCube-v1'.*images.human"),

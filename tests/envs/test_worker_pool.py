@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from copy import deepcopy
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -206,12 +208,69 @@ def test_an_error_in_an_environment_arrives_with_its_text() -> None:
     pool.close()
 
 
+class Stumbling(CountingEnv):
+    """Fails where it is told to."""
+
+    def step(self, action: np.ndarray) -> Any:
+        if action[0] < 0:
+            raise RuntimeError("it stumbled")
+        return super().step(action)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if options:
+            raise RuntimeError("it stumbled")
+        return super().reset(seed=seed)
+
+    def stumble(self, number: int) -> int:
+        if number == self.number:
+            raise RuntimeError("it stumbled")
+        return self.number
+
+
+def fail_in_step(pool: WorkerPoolVecEnv) -> None:
+    pool.step(np.array([[-1, 0], [0, 0], [0, 0]], np.float32))
+
+
+def fail_in_reset(pool: WorkerPoolVecEnv) -> None:
+    pool.set_options([{"stumble": True}, {}, {}])
+    pool.reset()
+
+
+def fail_in_a_method(pool: WorkerPoolVecEnv) -> None:
+    pool.env_method("stumble", 0)
+
+
+def be_interrupted(pool: WorkerPoolVecEnv) -> None:
+    pool.step_async(np.zeros((3, 2), np.float32))
+    raise RuntimeError("it stumbled")
+
+
+@pytest.mark.parametrize("fail", [fail_in_step, fail_in_reset, fail_in_a_method, be_interrupted])
+def test_after_an_error_the_next_command_gets_its_own_answers(fail: Callable[[WorkerPoolVecEnv], None]) -> None:
+    pool = WorkerPoolVecEnv([lambda i=i: Stumbling(i, length=9) for i in range(3)], 3)
+    pool.reset()
+    with pytest.raises(RuntimeError, match="it stumbled"):
+        fail(pool)
+    assert pool.get_attr("number") == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="it stumbled"):
+        fail(pool)
+    pool.set_options()
+    pool.reset()
+    for t in (1, 2):
+        obs, _, dones, infos = pool.step(np.zeros((3, 2), np.float32))
+        assert obs[:, 2].tolist() == [info["here"][2] for info in infos] == [t] * 3
+        assert not dones.any()
+    pool.close()
+
+
 def test_an_environment_that_cannot_be_made_is_an_error() -> None:
     def broken() -> gym.Env:
         raise ValueError("no such task")
 
-    with pytest.raises(RuntimeError, match="environment worker 0 failed:[^$]*no such task"):
-        WorkerPoolVecEnv([broken], 1)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="environment worker 0 failed:[^$]*no such task") as error:
+        WorkerPoolVecEnv([broken, CountingEnv], 2)
+    assert set(multiprocessing.active_children()) <= before, f"workers that outlive {error.value}"
 
 
 def test_a_dead_worker_is_an_error_and_not_a_wait() -> None:

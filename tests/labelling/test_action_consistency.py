@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.algos.sft import SFT
 from rpd_sb3.contract.bins import Bounds, centres
-from rpd_sb3.contract.conventions import token_bounds
+from rpd_sb3.contract.conventions import convert_token_bounds
 from rpd_sb3.demos.files import Demonstrations, save
 from rpd_sb3.demos.record import record
 from rpd_sb3.envs import ActionTokens, make_env, make_vec_env
@@ -161,7 +161,7 @@ def test_sft_clones_tokens_with_the_environments_bounds(tmp_path: Path) -> None:
 
 
 def test_bounds_are_written_out_where_the_teacher_has_them() -> None:
-    teacher, bounds = ArmTeacher().spec, token_bounds(ArmTeacher().spec)
+    teacher, bounds = ArmTeacher().spec, convert_token_bounds(ArmTeacher().spec)
     assert bounds is not None
     written = with_token_bounds({"tokens": True, "length": 3}, teacher)
     assert written == {"length": 3, "tokens": {"n_bins": 256, "low": [*bounds.low], "high": [*bounds.high]}}
@@ -188,7 +188,7 @@ def test_a_run_keeps_the_bounds_for_its_evaluation_without_the_teacher(tmp_path:
     assert train.main([*words.split(), "--env", ARM, "--env-kwargs", "tokens:true", *small]) == 0
     (config,) = tmp_path.glob("**/config.yml")
     tokens = yaml.safe_load(config.read_text())["env_kwargs"]["tokens"]
-    np.testing.assert_array_equal([tokens["low"], tokens["high"]], token_bounds(ArmTeacher().spec))
+    np.testing.assert_array_equal([tokens["low"], tokens["high"]], convert_token_bounds(ArmTeacher().spec))
     job = evaluate.Job(evaluate.check(["--run", str(config.parent), "--model", "last", "--vec-env", "dummy"]))
-    np.testing.assert_array_equal(find_token_bounds(job.evaluator.venv), token_bounds(ArmTeacher().spec))
+    np.testing.assert_array_equal(find_token_bounds(job.evaluator.venv), convert_token_bounds(ArmTeacher().spec))
     job.close()

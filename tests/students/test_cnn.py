@@ -95,7 +95,7 @@ def test_any_side_length_will_do(size: int) -> None:
     assert CompactCNN(image(size))(th.rand(2, 3, size, size)).shape == (2, 64)
 
 
-def test_vectors_are_standardised_and_appended() -> None:
+def test_vectors_are_normalized_and_appended() -> None:
     extractor = CompactCNN(spaces.Dict({"rgb": image(84), "state": VECTOR}))
     assert extractor.features_dim == 64 + 25
     obs = {"rgb": th.rand(40, 3, 84, 84), "state": 7.0 + 3.0 * th.randn(40, 25)}
@@ -116,8 +116,8 @@ def test_every_pixel_and_every_weight_takes_part() -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (VECTOR, "CompactCNN looks at one image, got Box"),
-        (spaces.Dict({"a": image(84), "b": image(84)}), "CompactCNN looks at one image, got Dict"),
+        (VECTOR, "exactly one image, got Box"),
+        (spaces.Dict({"a": image(84), "b": image(84)}), "exactly one image, got Dict"),
         (image(12), "at least 16 x 16 pixels, got 12 x 12"),
     ],
 )

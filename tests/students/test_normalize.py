@@ -20,9 +20,9 @@ def test_running_moments_are_those_of_all_states_trained_on() -> None:
         norm(batch)
     th.testing.assert_close(norm.mean, states.mean(0))
     th.testing.assert_close(norm.var, states.var(0, unbiased=False))
-    standardised = norm.eval()(states)
-    th.testing.assert_close(standardised.mean(0), th.zeros(3), atol=1e-3, rtol=0)
-    th.testing.assert_close(standardised.std(0), th.ones(3), atol=2e-2, rtol=0)
+    normalized = norm.eval()(states)
+    th.testing.assert_close(normalized.mean(0), th.zeros(3), atol=1e-3, rtol=0)
+    th.testing.assert_close(normalized.std(0), th.ones(3), atol=2e-2, rtol=0)
 
 
 def test_acting_leaves_the_moments_alone() -> None:
@@ -46,7 +46,7 @@ def test_outliers_are_clipped() -> None:
 
 
 def test_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="RunningNorm standardises state vectors, got Box"):
+    with pytest.raises(ValueError, match="RunningNorm normalizes state vectors, got Box"):
         RunningNorm(spaces.Box(0, 255, (8, 8, 3), np.uint8))
 
 

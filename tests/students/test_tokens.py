@@ -200,10 +200,10 @@ def test_saved_policy_is_the_same_policy(policy_class: type[TokenPolicy], tmp_pa
 
 
 @both
-@pytest.mark.parametrize("kind", ["state", "normalised state", "image", "dict"])
+@pytest.mark.parametrize("kind", ["state", "normalized state", "image", "dict"])
 def test_ppo_trains_saves_and_loads(policy_class: type[TokenPolicy], kind: str, tmp_path: Path) -> None:
     space: dict[str, Any] = {"image": IMAGE, "dict": spaces.Dict({"state": STATE, "rgb": IMAGE})}
-    policy_kwargs = {"features_extractor_class": RunningNorm} if kind == "normalised state" else {}
+    policy_kwargs = {"features_extractor_class": RunningNorm} if kind == "normalized state" else {}
     env = TokenEnv(space.get(kind, STATE))
     model = PPO(policy_class, env, n_steps=16, batch_size=8, n_epochs=2, policy_kwargs=policy_kwargs, device="cpu")
     model.learn(16)

@@ -176,7 +176,7 @@ def test_a_zip_without_weights_is_refused(saved: Path) -> None:
     refuses(repack(saved, policy_pth=None), ".*no item named 'policy.pth'")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"a": 1}), pickle.dumps(np.zeros(3))])
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps(np.zeros(3))])
 def test_weights_that_torch_has_not_saved_are_refused(saved: Path, content: bytes) -> None:
     refuses(repack(saved, policy_pth=content), "its policy.pth is damaged, or holds more than weights$")
 
@@ -197,11 +197,9 @@ def test_weights_damaged_anywhere_are_refused_in_one_sentence(saved: Path) -> No
     assert all(message.startswith("warm_start=") and "\n" not in message for message in messages)
 
 
-@pytest.mark.parametrize(
-    "content", [[th.zeros(2)], {"a": 1.0}, th.zeros(3), {"policy": {"a": th.zeros(1)}}, None], ids=str
-)
-def test_what_is_no_weights_by_name_is_refused(saved: Path, content: object) -> None:
-    refuses(repack(saved, policy_pth=saved_by_torch(content)), "its policy.pth holds no weights by name$")
+@pytest.mark.parametrize("content", [[th.zeros(2)], {"a": 1.0}, {"policy": {"a": th.zeros(1)}}], ids=str)
+def test_other_content_than_weights_by_name_is_refused(saved: Path, content: object) -> None:
+    refuses(repack(saved, policy_pth=saved_by_torch(content)), "its policy.pth is not a mapping")
 
 
 def test_code_among_the_weights_is_refused_and_not_executed(saved: Path, tmp_path: Path) -> None:

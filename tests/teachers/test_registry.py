@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 
+from rpd_sb3.contract.names import TEACHER_HELP, TEACHERS
 from rpd_sb3.serve import __main__ as serve
 from rpd_sb3.teachers import make_teacher
 from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
@@ -70,20 +73,18 @@ def test_a_class_may_take_any_argument(own: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("own_vla.teacher:Constant", {}, "module 'own_vla.teacher' cannot be imported: No module named"),
         ("own_vla.broken:Constant", {}, "module 'own_vla.broken' cannot be imported: No module named 'no_such_vla'"),
         ("own_vla.teachers:Constnt", {}, "module 'own_vla.teachers' has no 'Constnt'; did you mean 'Constant'"),
-        ("own_vla.teachers:function", {}, "is no teacher: expected a class with spec, submit"),
-        ("own_vla.teachers:TeacherSpec", {}, "is no teacher: expected a class with spec, submit"),
+        ("own_vla.teachers:function", {}, "is not a Teacher: expected a class with spec, submit"),
+        ("own_vla.teachers:TeacherSpec", {}, "is not a Teacher"),
         ("own_vla.teachers:Bare", {}, "has no spec: its constructor must set self.spec"),
         ("own_vla.teachers:Constant", {"valeu": 1}, r"has no argument 'valeu' \(it has value\); did you mean 'value'"),
-        ("own_vla.teachers:", {}, "teacher 'own_vla.teachers:' is unknown; choose one of scripted, .*MODULE:CLASS"),
-        (".teachers:Constant", {}, "teacher '.teachers:Constant' is unknown"),
-        ("own_vla/teachers.py:Constant", {}, "is unknown"),
+        ("own_vla.teachers:", {}, "is unknown; choose one of scripted, .*MODULE:CLASS"),
+        (".teachers:Constant", {}, "is unknown"),
         ("own_vla.teachers:Constant()", {}, "is unknown"),
     ],
 )
-def test_what_is_no_teacher_is_refused(own: Path, name: str, kwargs: dict[str, Any], message: str) -> None:
+def test_what_is_not_a_teacher_is_refused(own: Path, name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_teacher(name, "Any-v0", **kwargs)
 
@@ -104,13 +105,13 @@ def test_openvla_is_made_from_its_folder_with_its_arguments(checkpoint: Path) ->
     ("name", "kwargs", "message"),
     [
         ("openvla:", {}, "teacher 'openvla:' is unknown; choose one of scripted, .*openvla:PATH"),
-        ("openvla", {}, "teacher 'openvla' is unknown"),
+        ("scripted:x", {}, "module 'scripted' cannot be imported"),
         ("openvla:/no/such/folder", {}, "there is no folder '/no/such/folder'; give an OpenVLA checkpoint's folder"),
         ("openvla:x", {"n_sample": 2}, r"teacher 'openvla:x' has no argument 'n_sample' .*did you mean 'n_samples'"),
         ("openvla:x", {"path": "y"}, r"teacher 'openvla:x' has no argument 'path' \(it has unnorm_key, camera, "),
     ],
 )
-def test_what_is_no_openvla_is_refused(name: str, kwargs: dict[str, Any], message: str) -> None:
+def test_what_is_not_one_of_the_librarys_teachers_is_refused(name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_teacher(name, "Any-v0", **kwargs)
 
@@ -119,6 +120,22 @@ def test_openvlas_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "rpd_sb3.teachers.openvla.teacher", None)
     with pytest.raises(ValueError, match=r"^teacher 'openvla:org/name': .*; pip install 'rpd_sb3\[openvla\]'$"):
         make_teacher("openvla:org/name", "Any-v0")
+
+
+def test_every_kind_in_the_list_of_teachers_names_a_class() -> None:
+    for written, kind in TEACHERS.items():
+        if kind.module:
+            cls = getattr(importlib.import_module(kind.module), kind.class_name)
+            assert callable(cls.submit), written
+        assert written in TEACHER_HELP
+        assert kind.help
+
+
+def test_the_list_of_teachers_is_light_to_import() -> None:
+    code = "import sys, rpd_sb3.contract.names; print({'numpy', 'gymnasium', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    code = "import sys, rpd_sb3.teachers.registry; print({'torch', 'stable_baselines3'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_openvla_is_loaded_by_the_service_as_the_command_line_says(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from rpd_sb3.contract.bins import centres, to_actions, to_tokens
 from rpd_sb3.contract.privileged import SIZE, field_slices
 from rpd_sb3.teachers import Query
 from rpd_sb3.teachers.scripted.experts import EXPERTS
-from rpd_sb3.teachers.scripted.mixture import bin_log_probs, conditional_logits, fitted
+from rpd_sb3.teachers.scripted.mixture import bin_log_probs, conditional_logits, fit_gaussian
 from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
 
 N_BINS = 256
@@ -108,7 +108,7 @@ def test_a_prefix_that_only_one_mode_gives_leaves_that_mode() -> None:
 
 def test_fitted_gaussian_has_the_sample_mean_and_std_but_no_less_than_the_floor() -> None:
     samples = np.array([[[0.0, 0.5]], [[0.2, 0.5]], [[0.7, 0.5]]])
-    mean, std = fitted(samples, std_floor=0.02)
+    mean, std = fit_gaussian(samples, std_floor=0.02)
     # mean 0.3, squared distances 0.09 + 0.01 + 0.16 over n - 1 = 2
     np.testing.assert_allclose(mean, [[0.3, 0.5]], rtol=1e-6)
     np.testing.assert_allclose(std, [[np.sqrt(0.13), 0.02]], rtol=1e-6)
@@ -117,7 +117,7 @@ def test_fitted_gaussian_has_the_sample_mean_and_std_but_no_less_than_the_floor(
 
 def test_fitted_gaussian_is_numpys_of_each_query_and_dimension() -> None:
     samples = np.random.default_rng(0).normal(size=(6, 4, 7))
-    mean, std = fitted(samples, std_floor=1e-9)
+    mean, std = fit_gaussian(samples, std_floor=1e-9)
     np.testing.assert_allclose(mean, np.mean(samples, axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, np.std(samples, axis=0, ddof=1), rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Octo's checkpoints: where one lies, what it was trained for, how its actions are un-normalised.
+"""Octo's checkpoints: loading one, and the statistics that unnormalize its actions.
 
 Shape letter: A = 7 action dimensions.
 """
@@ -19,33 +19,33 @@ ACTION_SIZE = 7
 HUB = "hf://"
 FILES = ("config.json", "example_batch.msgpack", "dataset_statistics.json")
 NORMALIZATION = "action_proprio_normalization_type"
-"""What the training configuration calls the way in which actions were normalised."""
+"""Key of the training configuration that says how actions were normalized."""
 DETERMINISTIC = "ContinuousActionHead"
-"""Base class of the heads whose samples are all the same."""
+"""Base class of the heads whose samples are all equal."""
 
 
 class Statistics(NamedTuple):
-    """How actions were normalised in training: ``(action - mean) / std`` where ``mask``."""
+    """The statistics that actions were normalized with in training: ``(action - mean) / std`` where ``mask``."""
 
     mean: np.ndarray
     """(A,) float32."""
     std: np.ndarray
     """(A,) float32."""
     mask: np.ndarray
-    """(A,) bool; False: that dimension was left as it is."""
+    """(A,) bool; False: that dimension was not normalized."""
 
-    def unnormalized(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (..., A) float32 in the units of the dataset, from normalised ones."""
+    def unnormalize(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (..., A) float32 in the units of the dataset, from normalized ones."""
         return np.where(self.mask, actions * self.std + self.mean, actions)
 
 
 class Checkpoint(NamedTuple):
-    """A loaded model and what it says of itself."""
+    """An Octo checkpoint: the loaded model and its sizes."""
 
     model: Any
     """An ``octo.model.octo_model.OctoModel``."""
     max_horizon: int
-    """Images that it can look back at, the present one included."""
+    """Most images of its history, the current one included."""
     action_horizon: int
     """Actions of one chunk."""
     image_sizes: Mapping[str, tuple[int, int]]
@@ -66,7 +66,7 @@ def load_checkpoint(path: str, step: int | None) -> Checkpoint:
 
     :param path: a folder that octo's ``save_pretrained`` has written, or ``hf://org/name``
     :param step: which of the folder's; None: the latest
-    :raises ValueError: if octo or the checkpoint is missing, or the model is none that this teacher can ask
+    :raises ValueError: if octo or the checkpoint is missing, or this teacher cannot use the model
     """
     cls = import_model_class()
     hub = path.startswith(HUB)
@@ -79,16 +79,16 @@ def load_checkpoint(path: str, step: int | None) -> Checkpoint:
         raise ValueError(explained(error)) from error
     except OSError as error:
         raise ValueError(
-            f"octo's checkpoint {path!r} cannot be loaded ({first_line(error)}): what its configuration names on the hub, "
-            "like the tokenizer t5-base, must be in the cache or the network reachable, see docs/octo.md"
+            f"octo's checkpoint {path!r} cannot be loaded ({first_line(error)}): the models that its configuration names, "
+            "like the tokenizer t5-base, must be in the hub's cache, or the network must be reachable; see docs/octo.md"
         ) from error
     if model.text_processor is None:
         raise ValueError(f"octo's checkpoint {path!r} has no text processor: it does not follow instructions")
     normalization = _find(model.config, NORMALIZATION)
     if normalization not in (None, "normal"):
         raise ValueError(
-            f"octo's checkpoint {path!r} was trained with actions normalised to {normalization!r}, not 'normal': this "
-            "teacher cannot un-normalise them"
+            f"octo's checkpoint {path!r} was trained with actions normalized to {normalization!r}, not 'normal': this "
+            "teacher cannot unnormalize them"
         )
     observation = model.example_batch["observation"]
     head = model.module.heads["action"]
@@ -101,9 +101,11 @@ def load_checkpoint(path: str, step: int | None) -> Checkpoint:
 
 
 def check_folder(path: str, step: int | None) -> None:
-    """Whether a local checkpoint is complete.
+    """Checks that a local checkpoint is complete.
 
-    :raises ValueError: naming what is missing
+    :param path: its folder
+    :param step: which of its steps is wanted; None: any
+    :raises ValueError: with the file or step that is missing
     """
     folder = Path(path)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -113,11 +115,12 @@ def check_folder(path: str, step: int | None) -> None:
             f"octo's checkpoint {path!r} {what}: name the folder that holds {', '.join(FILES)} and the steps, or hf://org/name"
         )
     steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
-    if not steps or (step is not None and step not in steps):
-        known = ", ".join(map(str, steps)) or "none"
+    if not steps:
         raise ValueError(
-            f"octo's checkpoint {path!r} has no step {'' if step is None else step}".rstrip() + f"; it has {known}"
+            f"octo's checkpoint {path!r} has no steps: the folder has no subfolder with a number as its name"
         )
+    if step is not None and step not in steps:
+        raise ValueError(f"octo's checkpoint {path!r} has no step {step}; it has {', '.join(map(str, steps))}")
 
 
 def is_deterministic(model: Any) -> bool:
@@ -126,12 +129,12 @@ def is_deterministic(model: Any) -> bool:
 
 
 def action_statistics(statistics: Mapping[str, Any] | None, unnorm_key: str | None) -> Statistics:
-    """How to un-normalise the actions.
+    """The statistics that unnormalize the actions.
 
     :param statistics: the checkpoint's ``dataset_statistics``: ``{"action": ...}`` of a fine-tuned one,
         ``{dataset: {"action": ...}}`` of a pretrained one
-    :param unnorm_key: which dataset; None: the checkpoint has but one
-    :raises ValueError: if there are none of that name, or they are not those of A dimensions
+    :param unnorm_key: which dataset; None where there is only one
+    :raises ValueError: if there is no such dataset, or its actions do not have A dimensions
     """
     found: Mapping[str, Any] = statistics or {}
     datasets = [key for key, value in found.items() if isinstance(value, Mapping) and "action" in value]
@@ -141,9 +144,9 @@ def action_statistics(statistics: Mapping[str, Any] | None, unnorm_key: str | No
             f"unnorm_key is missing: the checkpoint was trained on several datasets, choose one of {known}"
         )
     if unnorm_key is not None and unnorm_key not in datasets:
-        has = f"it has {known}" if known else "it has but one set, without a name: leave unnorm_key out"
+        has = f"it has {known}" if known else "it has only one, without a name: leave unnorm_key out"
         raise ValueError(
-            f"unnorm_key={unnorm_key!r} is none of the checkpoint's datasets ({has}){closest(unnorm_key, datasets)}"
+            f"unnorm_key={unnorm_key!r} is not a dataset of the checkpoint ({has}){closest(unnorm_key, datasets)}"
         )
     action = found["action"] if unnorm_key is None else found[unnorm_key]["action"]
     mean, std = (np.asarray(action[key], np.float32) for key in ("mean", "std"))

@@ -1,4 +1,4 @@
-"""What the teacher remembers of each environment: the last images, the rest of a chunk, how often it has drawn.
+"""What the teacher keeps for each environment: the last images, the rest of a chunk, how many answers were sampled.
 
 Shape letters: N rows of a query, T images of the history, E actions that are executed of a chunk, A = 7.
 """
@@ -16,13 +16,13 @@ Frame = dict[str, np.ndarray]
 
 
 class Plan(NamedTuple):
-    """What is left of a chunk."""
+    """The actions of a chunk that are left to execute."""
 
     instruction: str
     actions: np.ndarray
     """(up to E, A) float32, in the order of execution."""
     stds: np.ndarray
-    """The same for the standard deviations."""
+    """Their standard deviations, of the same shape."""
 
     def rest(self) -> Plan | None:
         """Without the first action; None if that was the last."""
@@ -33,7 +33,7 @@ class Memory:
     """Histories and chunks by environment. Not thread safe.
 
     :param horizon: T
-    :param exec_horizon: E; with T = E = 1 there is nothing to remember but how often an environment has drawn
+    :param exec_horizon: E; with T = E = 1 only the number of answers is kept
     """
 
     def __init__(self, horizon: int, exec_horizon: int) -> None:
@@ -44,9 +44,11 @@ class Memory:
         self._counts: Counter[int] = Counter()
 
     def check(self, env_ids: Sequence[int], starts: Sequence[bool]) -> None:
-        """Whether a query continues what is remembered.
+        """Checks that a query continues the episodes that are kept.
 
-        :raises ValueError: if an environment is named twice, or is new and does not say so
+        :param env_ids: N environments
+        :param starts: N of them: whether this is the first query of an episode
+        :raises ValueError: if an environment is named twice, or is unknown and does not start an episode
         """
         if not self.stateful:
             return
@@ -55,22 +57,22 @@ class Memory:
         new = [env for env, start in zip(env_ids, starts) if not start and env not in self._past]
         if new:
             raise ValueError(
-                f"teacher 'octo' has a memory, but knows nothing of environment {new[0]}: its first query must say "
-                "episode_start"
+                f"teacher 'octo' has a memory, but knows nothing of environment {new[0]}: its first query must have "
+                "episode_start set"
             )
 
     def history(self, env: int, start: bool, frame: Frame) -> list[Frame]:
-        """1 to T frames, the present one last."""
+        """The last 1 to T frames, the current one at the end."""
         past = [] if start else self._past.get(env, [])
         return [*past, frame]
 
     def plan(self, env: int, start: bool, instruction: str) -> Plan | None:
-        """What is left of the chunk; None: ask the model. Another instruction ends a chunk."""
+        """The rest of the chunk; None: there is none, ask the model. A new episode or instruction ends a chunk."""
         plan = None if start else self._plans.get(env)
         return plan if plan is not None and plan.instruction == instruction else None
 
     def counts(self, env_ids: Sequence[int]) -> list[int]:
-        """How often each has drawn before; an environment may be named several times."""
+        """How many answers were sampled for each before; an environment may be named several times."""
         seen: Counter[int] = Counter()
         numbers = []
         for env in env_ids:
@@ -78,30 +80,31 @@ class Memory:
             seen[env] += 1
         return numbers
 
-    def drawn(self, env_ids: Sequence[int]) -> None:
-        """These have drawn once more."""
+    def count(self, env_ids: Sequence[int]) -> None:
+        """Count one more answer for each of these."""
         self._counts.update(env_ids)
 
     def keep(self, env: int, history: Sequence[Frame], plan: Plan | None) -> None:
-        """Remember for the next query.
+        """Keep what the next query of an environment needs.
 
-        :param history: that of this query
-        :param plan: what is left after it
+        :param env: the environment
+        :param history: frames of this query
+        :param plan: what is left of the chunk after it
         """
         if not self.stateful:
             return
         last = history[1:] if len(history) == self.horizon else history
-        # Copies of the present images: the query's arrays are the asker's.
+        # Copies of the current images: the caller may overwrite the query's arrays.
         kept = [*last[:-1], {key: image.copy() for key, image in last[-1].items()}] if last else []
         self._past[env], self._plans[env] = kept, plan
 
 
 def window(histories: Sequence[Sequence[Frame]], horizon: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Histories as Octo wants them: of equal length, with a mask.
+    """Histories as Octo takes them: of equal length, with a mask.
 
     Shorter ones begin with copies of their first frame, which the mask hides.
 
-    :param histories: M of 1 to T frames
+    :param histories: M lists of 1 to T frames
     :param horizon: T
     :return: images (M, T, H, W, 3) uint8 by name, and the mask (M, T) bool
     """

@@ -1,7 +1,7 @@
-"""The ``octo`` library: whether it is the robot model, and what to do if it does not import.
+"""Imports the ``octo`` package, or explains why it cannot be imported.
 
-The package index has an unrelated plugin framework of the same name, so nothing of a package is executed before its
-files say what it is.
+The package index has an unrelated plugin framework of the same name, so the installed files are checked before any of
+them is executed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 COMMIT = "241fb3514b7c40957a86d869fecb7c7fc353f540"
-"""Of the repository octo-models/octo; what this teacher is written for."""
+"""Of the repository octo-models/octo, which this teacher is written for."""
 INSTALL = "install what requirements/octo.txt lists, in the order that it says"
 FOREIGN = ("manager.py", "plugin.py")
-"""Files of the plugin framework that are none of the robot model's."""
+"""Files of the plugin framework that the robot model does not have."""
 
 
 class Clash(NamedTuple):
-    """A version that is known not to work, by what its error says."""
+    """A version that is known not to work."""
 
     says: str
+    """Part of the error's message."""
     pin: str
+    """The version to install instead."""
 
 
 CLASHES = (
@@ -37,13 +39,13 @@ CLASHES = (
 
 
 def check_package() -> None:
-    """Look at the files of the installed ``octo``, and execute nothing.
+    """Checks that the installed ``octo`` is the robot model, without executing any of its files.
 
-    :raises ValueError: if it is missing, another package of that name, or both in one folder
+    :raises ValueError: if it is missing, another package of that name, or a mixture of both
     """
     try:
         spec = importlib.util.find_spec("octo")
-    except ValueError:  # imported already, by something that hides where it comes from
+    except ValueError:  # it is imported already, and has no __spec__
         spec = None
     if spec is None:
         raise ValueError(f"the package octo is missing: {INSTALL}")
@@ -52,7 +54,7 @@ def check_package() -> None:
     if not ours:
         where = folders[0] if folders else spec.origin
         raise ValueError(
-            f"the package octo in {where} is not the robot model but something else of that name, like the package "
+            f"the package octo in {where} is not the robot model but another package of that name, e.g. the package "
             f"index's plugin framework: pip uninstall octo, then {INSTALL}"
         )
     if any((folder / name).is_file() for folder in folders for name in FOREIGN):
@@ -63,7 +65,7 @@ def check_package() -> None:
 
 
 def import_model_class() -> Any:
-    """The class ``OctoModel``, of a version that this teacher knows.
+    """The class ``OctoModel``, in a version that this teacher works with.
 
     :raises ValueError: if the package is not the robot model, does not import, or is too old
     """
@@ -80,9 +82,9 @@ def import_model_class() -> Any:
 
 
 def explained(error: BaseException) -> str:
-    """One sentence on why octo, or what it builds on, does not import.
+    """One sentence on why octo, or a package that it needs, does not import.
 
-    :param error: what was raised; its causes are looked at as well
+    :param error: that was raised; its causes are considered too
     """
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:

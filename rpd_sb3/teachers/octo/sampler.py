@@ -16,16 +16,16 @@ from rpd_sb3.teachers.octo.checkpoint import ACTION_SIZE
 Tree = dict[str, Any]
 """Arrays by name, nested."""
 MAX_INSTRUCTIONS = 1024
-"""Whose tokens are kept."""
+"""How many of the last instructions are kept tokenized."""
 
 
 class Sampler:
-    """Draws chunks of normalised actions.
+    """Draws chunks of normalized actions.
 
     The transformer runs once for a row, its head S times. The key of a sample is
     ``fold_in(fold_in(fold_in(PRNGKey(seed), env_id), count), sample)``, so it depends neither on the other rows nor on
-    the padding. What is left of the batch's size are the last bits of its matrix products, which twenty steps of
-    diffusion amplify: between 1 and 32 rows the median of the difference was 1e-6, the largest of 224 values 6e-5.
+    the padding. The size of the batch changes only the last bits of matrix products, which twenty steps of diffusion
+    amplify: between 1 and 32 rows the median of the difference was 1e-6, the largest of 224 values 6e-5.
 
     :param model: the loaded ``OctoModel``
     :param n_samples: S
@@ -55,13 +55,13 @@ class Sampler:
         env_ids: Sequence[int],
         counts: Sequence[int],
     ) -> np.ndarray:
-        """Chunks of normalised actions.
+        """Chunks of normalized actions.
 
         :param images: ``image_primary`` and the like, (M, T, H, W, 3) uint8
         :param mask: (M, T) bool, False where the history does not reach back so far
         :param instructions: M of them
         :param env_ids: M of them
-        :param counts: M of them: which draw of its environment a row is
+        :param counts: M of them: how many answers were sampled for the environment before
         :return: (M, S, K, A) float32
         """
         import jax
@@ -80,18 +80,19 @@ class Sampler:
         return np.concatenate(parts)
 
     def warm_up(self, image_sizes: Mapping[str, tuple[int, int]], horizon: int) -> None:
-        """Compile for every size of a batch: that takes seconds each, more than a client may wait for an answer."""
+        """Compile for every size of a batch: each takes seconds, and a client should not have to wait for that."""
         for size in self._batch_sizes:
             images = {key: np.zeros((size, horizon, *hw, 3), np.uint8) for key, hw in image_sizes.items()}
             self.draw(images, np.ones((size, horizon), bool), [""] * size, [0] * size, [0] * size)
 
 
 def sample_keys(base: Any, env_ids: Any, counts: Any, n_samples: int) -> Any:
-    """Keys of the samples.
+    """The random key of each sample.
 
     :param base: a key
     :param env_ids: (P,) uint32
     :param counts: (P,) uint32
+    :param n_samples: S
     :return: (P, S, 2) uint32
     """
     import jax
@@ -106,7 +107,7 @@ def sample_keys(base: Any, env_ids: Any, counts: Any, n_samples: int) -> Any:
 def _sample(
     model: Any, base: Any, observations: Tree, tasks: Tree, env_ids: Any, counts: Any, *, n_samples: int
 ) -> Any:
-    """(P, S, K, A). The model is an argument: its weights would be constants of the program otherwise."""
+    """Samples (P, S, K, A). The model is an argument, lest its weights become constants of the compiled program."""
     import jax
 
     outputs = model.run_transformer(observations, tasks, observations["timestep_pad_mask"], train=False)
@@ -123,11 +124,11 @@ def _sample(
 def _tokens(model: Any, instruction: str) -> Tree:
     """The task of one instruction, arrays with first dimension 1.
 
-    Octo puts zeros in the place of missing goal images; left out they give the same bits.
+    Octo fills in zeros for missing goal images; they are left out here, which gives the same bits.
     """
     tasks = model.create_tasks(texts=[instruction])
     language = tasks["language_instruction"]
-    if hasattr(language, "items"):  # a tokenizer's own mapping, which JAX does not know
+    if hasattr(language, "items"):  # a mapping of the tokenizer's own type, which JAX does not accept
         language = {key: np.asarray(value) for key, value in language.items()}
     kept = {key: value for key, value in tasks.items() if not key.startswith("image_")}
     return {**kept, "language_instruction": language}

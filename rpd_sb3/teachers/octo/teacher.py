@@ -6,7 +6,7 @@ dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,32 +31,32 @@ PRIMARY, WRIST = "image_primary", "image_wrist"
 class OctoTeacher(LocalTeacher):
     """Labels with actions that Octo samples from images and an instruction.
 
-    It gives ``action`` (N, A) float32: position, rotation and gripper, un-normalised with the statistics of the
-    checkpoint, not clipped, in the conventions of the dataset that Octo was trained on. With several samples the action
-    is their mean and there is ``std`` (N, A), their standard deviation (ddof 0).
+    ``action`` (N, A) float32 is position, rotation and gripper, unnormalized with the statistics of the checkpoint, not
+    clipped, in the conventions of the dataset that Octo was trained on. With several samples the action is their mean,
+    and ``std`` (N, A) their standard deviation (ddof 0).
 
-    Octo lives in an environment of its own, see ``requirements/octo.txt`` and ``docs/octo.md``. The noise of an answer
-    follows from the seed, the environment's id and how many answers were drawn for that id before; it does not
-    depend on the batch that the question came in.
+    Octo needs a Python environment of its own, see ``requirements/octo.txt`` and ``docs/octo.md``. The noise of an answer
+    follows from the seed, the environment's id and how many answers were sampled for that id before; it does not
+    depend on the other rows of the query.
 
     :param path: folder of a checkpoint, or ``hf://org/name``
     :param step: which step of a folder; None: the latest
-    :param unnorm_key: dataset whose statistics un-normalise the actions; None: those of a fine-tuned checkpoint
-    :param n_samples: S, actions that are drawn for an answer
+    :param unnorm_key: dataset whose statistics unnormalize the actions; None: those of a fine-tuned checkpoint
+    :param n_samples: S, samples that an answer is made of
     :param std_floor: least ``std``, in units of the action
-    :param horizon: images that Octo looks back at, the present one included
-    :param exec_horizon: E, actions of a chunk that are given before Octo is asked again
-    :param camera: whose images are Octo's primary ones
-    :param wrist_camera: whose images are those of its wrist camera; None: it does without
+    :param horizon: images of the history that Octo gets, the current one included
+    :param exec_horizon: E, actions of a chunk that are executed before Octo is asked again
+    :param camera: camera of Octo's primary images
+    :param wrist_camera: camera of Octo's wrist images; None: without them
     :param seed: of the samples
     :param gripper: convention of the checkpoint's dataset, one of :data:`~rpd_sb3.contract.teacher.GRIPPERS`; None: not known
     :param rotation: the same for rotations, ``axis_angle`` or ``euler_xyz``; None: not known
     :param rotation_sign: -1 if the environment turns the hand the other way than that of the demonstrations
     :param control_mode: controller that the actions are meant for; None: not tied to one
-    :param batch_sizes: to which questions are padded; each size is compiled once
+    :param batch_sizes: sizes that batches are padded to; each is compiled once
     :param warm_up: compile all of them now; False: when they first occur, which takes seconds then
-    :raises ValueError: for an argument out of range, a missing, foreign or broken octo, or a checkpoint that is missing
-        or does not fit the arguments
+    :raises ValueError: for an argument out of range, if the package octo is missing, another one or does not import, or if
+        the checkpoint is missing or does not fit the arguments
     """
 
     def __init__(
@@ -80,20 +80,26 @@ class OctoTeacher(LocalTeacher):
         warm_up: bool = True,
     ) -> None:
         super().__init__()
-        _check_numbers(n_samples=n_samples, horizon=horizon, exec_horizon=exec_horizon)
-        _check_seed_and_step(seed, step, path)
-        _check_batch_sizes(batch_sizes)
-        if not (_is_number(std_floor) and 0 < std_floor < np.inf):
-            raise ValueError(f"std_floor={std_floor!r} must be a positive number")
+        _check_at_least_1(n_samples=n_samples, horizon=horizon, exec_horizon=exec_horizon)
+        _check_path_and_step(path, step)
+        if not (isinstance(batch_sizes, (list, tuple)) and batch_sizes):
+            raise ValueError(f"batch_sizes={batch_sizes!r} must be a list of whole numbers")
+        for size in batch_sizes:
+            _check_at_least_1(batch_sizes=size)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed} must be from 0 to {2**32 - 1}")
+        if not 0 < std_floor < np.inf:
+            raise ValueError(f"std_floor={std_floor} must be a positive number")
         if gripper is not None and gripper not in GRIPPERS:
-            raise ValueError(f"gripper={gripper!r} must be one of {', '.join(GRIPPERS)}, or None where it is not known")
-        texts = {"unnorm_key": unnorm_key, "wrist_camera": wrist_camera, "rotation": rotation}
-        _check_texts({**texts, "control_mode": control_mode}, camera)
+            raise ValueError(f"gripper={gripper!r} must be one of {', '.join(GRIPPERS)}, or None if it is not known")
+        if wrist_camera == camera:
+            raise ValueError(f"camera and wrist_camera are both {camera!r}: they must be two cameras")
         self._cameras = {PRIMARY: camera, **({WRIST: wrist_camera} if wrist_camera is not None else {})}
         checkpoint = load_checkpoint(path, step)
         self._check_fit(checkpoint, n_samples, horizon, exec_horizon, path)
         self._statistics = action_statistics(checkpoint.model.dataset_statistics, unnorm_key)
-        self._exec_horizon, self._std_floor = exec_horizon, np.float32(std_floor)
+        self._exec_horizon = exec_horizon
+        self._std_floor = np.float32(std_floor)
         self._memory = Memory(horizon, exec_horizon)
         sizes = {key: checkpoint.image_sizes[key] for key in self._cameras}
         self.spec = TeacherSpec(
@@ -116,12 +122,11 @@ class OctoTeacher(LocalTeacher):
             self._sampler.warm_up(sizes, horizon)
 
     def label(self, query: Query) -> Labels:
-        """What Octo would do.
+        """Octo's actions.
 
         :param query: ``images.<camera>`` (N, H, W, 3) uint8 of the checkpoint's size, ``instruction`` (N,) str
         :return: ``action`` (N, A) float32, and ``std`` (N, A) float32 if there are several samples
-        :raises ValueError: for inputs of another type or shape, and for an environment that a teacher with a memory
-            does not know
+        :raises ValueError: for inputs of another type or shape, and as :meth:`Memory.check`
         """
         images, instructions = self._checked(query)
         env_ids, starts = query.env_ids.tolist(), query.episode_starts.tolist()
@@ -138,8 +143,8 @@ class OctoTeacher(LocalTeacher):
             else []
         )
         plans = [next(fresh) if plan is None else plan for plan in known]
-        # Only now: a query that fails leaves no trace.
-        self._memory.drawn([env_ids[i] for i in asked])
+        # Only now, so that a query that fails changes nothing.
+        self._memory.count([env_ids[i] for i in asked])
         for env, history, plan in zip(env_ids, histories, plans):
             self._memory.keep(env, history, plan.rest())
         labels = {"action": np.stack([plan.actions[0] for plan in plans])}
@@ -148,11 +153,11 @@ class OctoTeacher(LocalTeacher):
         return labels
 
     def _ask(self, histories: list[Any], instructions: list[str], env_ids: list[int]) -> list[Plan]:
-        """Chunks of the model: mean and std over the samples."""
+        """Ask the model: mean and std over the samples of each chunk."""
         images, mask = window(histories, self._memory.horizon)
         counts = self._memory.counts(env_ids)
         chunks = self._sampler.draw(images, mask, instructions, env_ids, counts)[:, :, : self._exec_horizon]
-        samples = self._statistics.unnormalized(chunks)
+        samples = self._statistics.unnormalize(chunks)
         means = samples.mean(axis=1, dtype=np.float64).astype(np.float32)
         stds = np.maximum(samples.std(axis=1, dtype=np.float64).astype(np.float32), self._std_floor)
         return [Plan(*row) for row in zip(instructions, means, stds)]
@@ -163,7 +168,7 @@ class OctoTeacher(LocalTeacher):
         for key, camera in self._cameras.items():
             array = query.inputs[f"images.{camera}"]
             shape = (n, *self.spec.image_sizes[camera], 3)
-            # Octo takes floats in [0, 1] without a word, and gives other actions.
+            # Octo takes floats in [0, 1] without an error, but answers with other actions.
             if array.dtype != np.uint8 or array.shape != shape:
                 raise ValueError(
                     f"teacher 'octo': images.{camera} must be uint8 of shape {shape}, got {array.dtype} {array.shape}"
@@ -196,41 +201,14 @@ class OctoTeacher(LocalTeacher):
             )
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_numbers(**values: object) -> None:
+def _check_at_least_1(**values: int) -> None:
     for name, value in values.items():
-        if not _is_whole(value) or value < 1:  # type: ignore[operator]
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
 
 
-def _check_seed_and_step(seed: object, step: object, path: object) -> None:
-    if not _is_whole(seed) or not 0 <= seed < 2**32:  # type: ignore[operator]
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
-    if step is not None and (not _is_whole(step) or step < 0):  # type: ignore[operator]
-        raise ValueError(f"step={step!r} must be a whole number, or None for the latest")
-    if not isinstance(path, str) or path in ("", HUB):
+def _check_path_and_step(path: str, step: int | None) -> None:
+    if path in ("", HUB):
         raise ValueError(f"path={path!r} must be the folder of a checkpoint, or {HUB}org/name")
     if step is not None and path.startswith(HUB):
-        raise ValueError(f"step={step} cannot be chosen from the hub: {path!r} means its latest step")
-
-
-def _check_batch_sizes(batch_sizes: object) -> None:
-    if not (
-        isinstance(batch_sizes, (list, tuple)) and batch_sizes and all(_is_whole(x) and x > 0 for x in batch_sizes)
-    ):
-        raise ValueError(f"batch_sizes={batch_sizes!r} must be a list of whole numbers, each at least 1")
-
-
-def _check_texts(optional: Mapping[str, object], camera: object) -> None:
-    for name, value in {**optional, "camera": camera}.items():
-        if (value is not None or name == "camera") and not (isinstance(value, str) and value):
-            raise ValueError(f"{name}={value!r} must be a text")
-    if optional["wrist_camera"] == camera:
-        raise ValueError(f"camera and wrist_camera are both {camera!r}: they must be two cameras")
+        raise ValueError(f"step={step} cannot be chosen for a checkpoint on the hub: {path!r} is its latest step")

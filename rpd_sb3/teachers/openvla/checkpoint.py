@@ -1,4 +1,4 @@
-"""What an OpenVLA checkpoint folder holds, checked before anything large is read.
+"""An OpenVLA checkpoint's folder, checked before any weights are read.
 
 The layout is that of the published Hugging Face models: config.json, safetensors in one file or in shards with an index,
 tokenizer.json, preprocessor_config.json and, for fine-tuned models, dataset_statistics.json.
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from rpd_sb3.contract.names import closest
 
@@ -28,35 +30,39 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
 }
 """What a published config.json leaves out of ``text_config``, because it was the default when the file was written."""
-BACKBONE, ARCHITECTURE, RESIZE = "dinosiglip-vit-so-224px", "no-align+fused-gelu-mlp", "resize-naive"
-DATATYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-MAX_HEADER = 100 * 2**20
+ARCHITECTURE = {
+    "model_type": "openvla",
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "image_resize_strategy": "resize-naive",
+}
+"""Keys of config.json whose values the code here is written for."""
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """A tensor of the checkpoint: its file and its shape."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 class Statistics(NamedTuple):
-    """How normalised actions become those of the data: ``low + (a + 1) / 2 (high - low)`` for a in [-1, 1]."""
+    """The actions of a dataset that -1 and 1 stand for: ``low + (a + 1) / 2 (high - low)`` for a in [-1, 1]."""
 
     key: str
     low: tuple[float, ...]
-    """1st percentile of each dimension; -1 where the data were not normalised (the gripper)."""
+    """1st percentile of each dimension; -1 where the data were not normalized (the gripper)."""
     high: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files are complete and fit together."""
+    """An OpenVLA checkpoint: a folder whose files are complete and fit together."""
 
     folder: Path
     config: Mapping[str, Any]
     text_config: Mapping[str, Any]
-    """All keys of :data:`TEXT_DEFAULTS`."""
+    """Values for all keys of :data:`TEXT_DEFAULTS`."""
     tensors: Mapping[str, Entry]
     normalization: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
     """(mean, std) of the RGB channels for each vision tower."""
@@ -72,10 +78,10 @@ class Checkpoint:
         return int(self.text_config["vocab_size"]) - int(self.config.get("pad_to_multiple_of", 64))
 
     def statistics(self, unnorm_key: str | None) -> Statistics:
-        """The dataset's statistics.
+        """The statistics that unnormalize actions.
 
         :param unnorm_key: name of the dataset; None if there is only one
-        :raises ValueError: for an unknown name, or none where there are several
+        :raises ValueError: for an unknown name, a missing name where there are several, or unusable statistics
         """
         known = ", ".join(self.norm_stats) or "none"
         if unnorm_key is None and len(self.norm_stats) == 1:
@@ -93,27 +99,22 @@ class Checkpoint:
                 raise ValueError("q01, q99 and mask must be of one length, and finite")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.folder}: the statistics of {unnorm_key!r} cannot be used: {error!r}") from error
-        low = tuple(q if normalised else -1.0 for q, normalised in zip(q01, mask))
-        high = tuple(q if normalised else 1.0 for q, normalised in zip(q99, mask))
+        low = tuple(q if normalized else -1.0 for q, normalized in zip(q01, mask))
+        high = tuple(q if normalized else 1.0 for q, normalized in zip(q99, mask))
         return Statistics(unnorm_key, low, high)
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Find a checkpoint and read all but its weights.
+    """Find a checkpoint and read everything but its weights.
 
     :param path: folder, or the hub id ``org/name`` of a model, which is downloaded if it is not in the cache
-    :raises ValueError: in one sentence, if a file is missing or broken, or the model is of another architecture
+    :raises ValueError: in one sentence, if a file is missing or damaged, or the model has another architecture
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _download(path)
     config = _read_json(folder / "config.json")
-    for key, expected in (
-        ("model_type", "openvla"),
-        ("vision_backbone_id", BACKBONE),
-        ("arch_specifier", ARCHITECTURE),
-        ("image_resize_strategy", RESIZE),
-    ):
+    for key, expected in ARCHITECTURE.items():
         if config.get(key) != expected:
             raise ValueError(f"{folder} has {key}={config.get(key)!r}; an OpenVLA checkpoint has {expected!r}")
     given = config.get("text_config")
@@ -140,25 +141,25 @@ def _download(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's errors have no common class; whatever went wrong, there is no model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"there is no folder {path!r}, and as a hub id it cannot be had: {reason}") from error
+    except Exception as error:  # the hub's errors have no common class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no folder {path!r}, and as a hub id it cannot be downloaded: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}: it is no complete OpenVLA checkpoint")
+        raise ValueError(f"{path.parent} has no {path.name}: it is not a complete OpenVLA checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
 def _find_tensors(folder: Path) -> dict[str, Entry]:
-    """All tensors of the shards, whose lengths are checked."""
+    """All tensors of the shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -166,7 +167,8 @@ def _find_tensors(folder: Path) -> dict[str, Entry]:
             raise ValueError(f"{index} has no weight_map from tensors to files")
         names = sorted(set(weight_map.values()))
     else:
-        weight_map, names = None, ["model.safetensors"]
+        weight_map = None
+        names = ["model.safetensors"]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, {len(missing)} of {len(names)} files of weights")
     found = {name: entry for file in names for name, entry in read_header(folder / file).items()}
@@ -177,34 +179,24 @@ def _find_tensors(folder: Path) -> dict[str, Entry]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Names and shapes of a safetensors file, whose length is checked.
+    """Names and shapes of the tensors in a safetensors file; the library checks lengths and offsets.
 
-    :raises ValueError: if the file is truncated or no safetensors file
+    :raises ValueError: if it is not a safetensors file, or incomplete
     """
-    size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError(f"its header would have {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries, end = {}, 0
-        for name, value in header.items():
-            start, stop = value["data_offsets"]
-            shape = tuple(map(int, value["shape"]))
-            if stop - start != math.prod(shape) * DATATYPES[value["dtype"]]:
-                raise ValueError(f"the length of tensor {name} does not fit its shape {shape}")
-            entries[name], end = Entry(path, shape), max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
-    if size != 8 + length + end:
-        raise ValueError(f"{path} has {size} bytes, but its header announces {8 + length + end}: copy it again")
-    return entries
+        with safe_open(path, framework="np") as file:
+            return {name: Entry(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or an incomplete one ({error}): copy it again") from error
 
 
 def read_normalization(folder: Path) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
-    """The values that upstream really uses: ``tvf_normalize_params``, which training's conversion rounded to bfloat16."""
+    """(mean, std) of the RGB channels for each vision tower.
+
+    From ``tvf_normalize_params``, which upstream uses: the conversion after training has rounded them to bfloat16.
+
+    :raises ValueError: if the file has none, or not for two towers of three channels
+    """
     content = _read_json(folder / "preprocessor_config.json")
     try:
         towers = tuple(

@@ -1,6 +1,6 @@
 """CUDA graphs: a whole answer as one launch.
 
-Seven tokens for a few images are thousands of small kernels, and a CPU cannot start them as fast as the GPU ends them.
+Seven tokens for a few images take thousands of small kernels, and a CPU launches them more slowly than the GPU runs them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import torch as th
 
 Tensors = tuple["th.Tensor | None", ...]
 MAX_GRAPHS = 32
+"""Of the last shapes; each holds memory for its inputs and outputs."""
 WARM_UPS = 2
+"""Calls before a recording."""
 
 
 class GraphRunner:
     """Calls a function of tensors; for each set of shapes, the first call records a graph that the next ones replay.
 
-    :param function: works on the device alone, and the same for the same shapes
-    :param generators: that it draws random numbers from
+    :param function: runs on the device alone, and launches the same kernels for the same shapes
+    :param generators: it draws random numbers from these
     """
 
     def __init__(self, function: Callable[..., Tensors], generators: tuple[th.Generator, ...] = ()) -> None:
-        self._function, self._generators = function, generators
+        self._function = function
+        self._generators = generators
         self._graphs: OrderedDict[tuple[object, ...], tuple[th.cuda.CUDAGraph, Tensors, Tensors]] = OrderedDict()
         self._pool = th.cuda.graph_pool_handle()
 

@@ -1,4 +1,4 @@
-"""Camera images as the vision towers see them.
+"""Camera images as inputs of the vision towers.
 
 Shape letters: N images, H and W pixels.
 """
@@ -19,16 +19,16 @@ CROP_AREA = 0.9
 
 
 class Preprocessor:
-    """Resize to 224 x 224, crop if asked to, normalise once for each tower.
+    """Resizes images to 224 x 224, crops them if asked to, and normalizes them for each tower.
 
     :param normalization: (mean, std) of the channels, for each tower
-    :param device: where the result is wanted
+    :param device: of the result
     :param dtype: of the result; everything before is float32
     :param resize: ``pil`` is exactly what OpenVLA was trained and published with. ``tensor`` does the same two passes on the
         device; one value in 300 differs by one level of 255, which moved logits by 1e-2. Images of 224 x 224 need neither
     :param center_crop: cut out the middle 90 % of the area and enlarge it again, for models that were fine-tuned with random
         crops (the LIBERO ones)
-    :raises ValueError: for an unknown way to resize
+    :raises ValueError: for an unknown value of ``resize``
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class Preprocessor:
     ) -> None:
         if resize not in RESIZES:
             raise ValueError(f"resize={resize!r} is unknown; choose one of {', '.join(RESIZES)}")
-        self.device, self.dtype, self.center_crop = device, dtype, center_crop
-        towers = [th.tensor(values, device=device).view(2, 1, 3, 1, 1) for values in normalization]
-        self._means, self._stds = [tower[0] for tower in towers], [tower[1] for tower in towers]
+        self.device = device
+        self.dtype = dtype
+        self.center_crop = center_crop
+        self._towers = [th.tensor(values, device=device).view(2, 1, 3, 1, 1) for values in normalization]
         self._pool = ThreadPoolExecutor(thread_name_prefix="resize") if resize == "pil" else None
 
     def __call__(self, images: np.ndarray) -> th.Tensor:
@@ -60,21 +61,21 @@ class Preprocessor:
         if self.center_crop:
             x = crop_center(x)
         x = x.float() / 255.0
-        towers = [(x - mean) / std for mean, std in zip(self._means, self._stds)]
+        towers = [(x - mean) / std for mean, std in self._towers]
         return th.cat(towers, dim=1).to(self.dtype)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads that resize."""
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
 
 def check_images(images: np.ndarray, name: str) -> None:
-    """Make sure that these are images.
+    """Checks that these are images.
 
-    :param images: to be ``(N, H, W, 3)`` uint8
+    :param images: expected as ``(N, H, W, 3)`` uint8
     :param name: of the input, for the message
-    :raises ValueError: if they are not
+    :raises ValueError: for another shape or type
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
         raise ValueError(f"OpenVLA needs {name} as (N, H, W, 3) uint8 RGB, but got {images.shape} {images.dtype}")

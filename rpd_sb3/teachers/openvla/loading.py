@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into the model, tensor by tensor: at no time are two copies of the weights in memory."""
+"""Loads a checkpoint into the model, tensor by tensor: memory never holds two copies of the weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DTYPES = {"bf16": th.bfloat16, "fp16": th.float16, "fp32": th.float32}
 
 
 def load_model(checkpoint: Checkpoint, device: th.device, dtype: th.dtype) -> OpenVLAModel:
-    """The model, ready for inference. What inference never uses (the towers' last blocks, norms, pooling) is not read.
+    """The model, ready for inference. Weights that inference does not use (the towers' last blocks, norms, pooling) are not read.
 
-    :param checkpoint: whose files have been checked
-    :param device: for the weights; each is read straight to it
+    :param checkpoint: from :func:`~rpd_sb3.teachers.openvla.checkpoint.open_checkpoint`
+    :param device: of the weights
     :param dtype: of the weights
-    :raises ValueError: if a weight is missing or has another shape than the others ask for
+    :raises ValueError: if a weight is missing, or its shape does not fit the configuration and the other weights
     """
     dino, siglip = (
         tower_shape(checkpoint.tensors, f"vision_backbone.{name}.") for name in ("featurizer", "fused_featurizer")
@@ -36,7 +36,7 @@ def load_model(checkpoint: Checkpoint, device: th.device, dtype: th.dtype) -> Op
 
 
 def fuse_norms(model: OpenVLAModel) -> None:
-    """PyTorch's RMSNorm, one kernel, for transformers' six: a prefill of 32 rows takes 221 ms instead of 245 (H200, bf16)."""
+    """Replaces transformers' RMSNorm, six kernels, by PyTorch's, one: a prefill of 32 rows takes 221 ms, not 245 (H200, bf16)."""
     for module in model.language_model.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, LlamaRMSNorm):
@@ -46,9 +46,9 @@ def fuse_norms(model: OpenVLAModel) -> None:
 
 
 def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Make sure that every weight is there and has its shape.
+    """Checks that the checkpoint has every weight of the model, in its shape.
 
-    :raises ValueError: naming the first one that is not so
+    :raises ValueError: with the name of a weight that is missing or has another shape
     """
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if missing := sorted(wanted.keys() - checkpoint.tensors.keys()):
@@ -56,12 +56,12 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     for name, shape in wanted.items():
         if (got := checkpoint.tensors[name].shape) != shape:
             raise ValueError(
-                f"{checkpoint.folder}: {name} has the shape {got}, but config and other weights ask for {shape}"
+                f"{checkpoint.folder}: {name} has the shape {got}, but config and other weights need {shape}"
             )
 
 
 def read_weights(checkpoint: Checkpoint, model: nn.Module, device: th.device, dtype: th.dtype) -> None:
-    """Put every weight in its place, shard by shard."""
+    """Reads the model's weights, shard by shard."""
     by_file: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         by_file.setdefault(str(checkpoint.tensors[name].file), []).append(name)

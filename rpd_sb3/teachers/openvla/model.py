@@ -1,7 +1,7 @@
 """The OpenVLA model for any batch size and mixed instructions: two vision towers, a projector and Llama.
 
 Each row is laid out as ``[BOS | P patches | PAD ... | rest of the text]``, so that the last token of every prompt is the last
-column; pads are masked, and positions count real tokens only. The result is that of one row at a time.
+column; pads are masked, and positions count real tokens only. The result is the same as for one row at a time.
 
 Shape letters: B rows, P patches, T text tokens after BOS, S = 1 + P + T, A action tokens, V vocabulary, E embedding.
 """
@@ -19,16 +19,16 @@ from rpd_sb3.teachers.openvla.vision import Projector, TowerShape, VisionBackbon
 
 
 class Batch(NamedTuple):
-    """Prompts of a batch."""
+    """The prompts of a batch."""
 
     pixels: th.Tensor
-    """``(B, 6, 224, 224)``, normalised."""
+    """``(B, 6, 224, 224)``, normalized."""
     bos: th.Tensor
     """``(B, 1)`` int64."""
     text: th.Tensor
-    """``(B, T)`` int64, filled up from the left."""
+    """``(B, T)`` int64, padded on the left."""
     real: th.Tensor | None
-    """``(B, T)`` bool, False where ``text`` is filled up; None if it is nowhere."""
+    """``(B, T)`` bool, False for the padding of ``text``; None if there is none."""
 
 
 def batch_texts(prompts: Sequence[Sequence[int]], device: th.device) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
@@ -42,7 +42,7 @@ def batch_texts(prompts: Sequence[Sequence[int]], device: th.device) -> tuple[th
 
 
 class KVCache:
-    """Keys and values of all layers, for a length that is known beforehand. Stands where transformers expects a Cache.
+    """Keys and values of all layers, for a length that is known beforehand; given to transformers as its Cache.
 
     :param config: of the language model
     :param n_rows: B
@@ -59,7 +59,10 @@ class KVCache:
     def update(
         self, key: th.Tensor, value: th.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Add a layer's keys and values ``(B, heads, n, dim)``; all of them so far."""
+        """Add a layer's keys and values ``(B, heads, n, dim)``.
+
+        :return: keys and values of the layer so far, ``(B, heads, length + n, dim)`` each
+        """
         end = self.length + key.shape[2]
         layer = self.values[layer_idx]
         layer[0, :, :, self.length : end] = key
@@ -67,9 +70,10 @@ class KVCache:
         return layer[0, :, :, :end], layer[1, :, :, :end]
 
     def repeated(self, n: int) -> KVCache:
-        """A cache in which each row stands ``n`` times."""
+        """A cache with each row ``n`` times."""
         copy = object.__new__(KVCache)
-        copy.values, copy.length = self.values.repeat_interleave(n, dim=2), self.length
+        copy.values = self.values.repeat_interleave(n, dim=2)
+        copy.length = self.length
         return copy
 
 
@@ -92,7 +96,7 @@ class Prompted(NamedTuple):
 
 
 class OpenVLAModel(nn.Module):
-    """The parts under the names that the checkpoint gives their weights.
+    """OpenVLA; modules have the names that their weights have in the checkpoint.
 
     :param dino: sizes of ``vision_backbone.featurizer``
     :param siglip: sizes of ``vision_backbone.fused_featurizer``
@@ -108,7 +112,7 @@ class OpenVLAModel(nn.Module):
         self.language_model = LlamaForCausalLM(self.llama_config)
 
     def forward(self, batch: Batch, tokens: th.Tensor) -> th.Tensor:
-        """Logits of action tokens that are given, for training: ``logits[:, i]`` after ``tokens[:, :i]``.
+        """Logits of given action tokens, for training: ``logits[:, i]`` after ``tokens[:, :i]``.
 
         :param batch: prompts
         :param tokens: ids ``(B, A)``; the last one is not read
@@ -117,16 +121,16 @@ class OpenVLAModel(nn.Module):
         return self.language_model.lm_head(self.hidden(batch, tokens))
 
     def hidden(self, batch: Batch, tokens: th.Tensor) -> th.Tensor:
-        """What :meth:`forward` makes its logits of, ``(B, A, E)``."""
+        """The hidden states that :meth:`forward` computes its logits from, ``(B, A, E)``."""
         embeddings, real, positions = self._embed(batch, tokens[:, :-1])
         hidden = self._llama(embeddings, positions, self._mask(real, embeddings.shape[1], 0, embeddings.device), None)
         return hidden[:, -tokens.shape[1] :]
 
     def read(self, batch: Batch, n_more: int) -> Prompted:
-        """Read the prompts.
+        """The state of the model after the prompts.
 
         :param batch: prompts
-        :param n_more: room for so many tokens that follow
+        :param n_more: number of tokens to leave room for in the cache
         """
         embeddings, real, positions = self._embed(batch, None)
         n_rows, length = embeddings.shape[:2]
@@ -153,11 +157,13 @@ class OpenVLAModel(nn.Module):
 
         :param prompted: result of :meth:`read`, which can be used again
         :param n_tokens: A
-        :param noise: None: the most probable of all tokens; else samples of some of them
+        :param noise: samples action tokens; None: the most probable of all tokens
         :return: ids ``(B, A)``, logits ``(B, A, V)`` float32
         """
         cache, start = prompted.cache, prompted.cache.length
-        hidden, ids, logits = prompted.hidden, [], []
+        hidden = prompted.hidden
+        ids = []
+        logits = []
         for i in range(n_tokens):
             logits.append(self.language_model.lm_head(hidden).float())
             ids.append(logits[-1].argmax(-1) if noise is None else noise.sample(logits[-1]))
@@ -186,10 +192,10 @@ class OpenVLAModel(nn.Module):
 
     @staticmethod
     def _mask(real: th.Tensor | None, n: int, start: int, device: th.device) -> th.Tensor | None:
-        """What each of ``n`` tokens after ``start`` others may look at, ``(B or 1, 1, n, start + n)`` bool.
+        """Which tokens each of ``n`` tokens after ``start`` others attends to, ``(B or 1, 1, n, start + n)`` bool.
 
-        None stands for all (one token) or for all up to itself (from the start on); the fastest kernels need that.
-        BOS and the patches come before the pads, so no token is left without anything to look at.
+        None stands for all (one token) or for all up to itself (``start`` 0); the fastest kernels need that.
+        BOS and the patches come before the pads, so every token attends to something.
         """
         if real is None and (n == 1 or start == 0):
             return None
@@ -202,7 +208,7 @@ class OpenVLAModel(nn.Module):
     def _llama(
         self, hidden: th.Tensor, positions: th.Tensor, mask: th.Tensor | None, cache: KVCache | None
     ) -> th.Tensor:
-        """Hidden states after the last norm. The layers are called one by one: their model would make a mask of its own."""
+        """Hidden states after the last norm. Layers are called one by one, because LlamaModel would make a mask of its own."""
         model = self.language_model.model
         rotary = model.rotary_emb(hidden, position_ids=positions)
         for layer in model.layers:

@@ -12,6 +12,7 @@ import torch as th
 from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds, to_actions
+from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherError, TeacherSpec
 from rpd_sb3.teachers.openvla.checkpoint import open_checkpoint
 from rpd_sb3.teachers.openvla.graphs import GraphRunner, Tensors
@@ -21,22 +22,22 @@ from rpd_sb3.teachers.openvla.model import Batch, Noise, batch_texts
 from rpd_sb3.teachers.openvla.text import Prompts
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-"""On a GPU batches are filled up to one of these, so that a few recorded graphs serve all of them."""
+"""On a GPU batches are padded to one of these, so that a few recorded graphs serve all of them."""
 
 
 class OpenVLATeacher(LocalTeacher):
-    """Answers batches of any size and mixed instructions as OpenVLA answers one at a time.
+    """OpenVLA's answers to batches of any size and mixed instructions, the same as one at a time.
 
-    It gives ``action`` (N, A) float32 in the units of the dataset, un-normalised, and ``logits`` (N, A, 256) float32 of
+    ``action`` (N, A) float32 is in the units of the dataset, unnormalized. ``logits`` (N, A, 256) float32 are of
     the action tokens in ascending order of the action: given the student's tokens where the query has them, else given its
     own. With ``n_samples``, ``action`` is the mean of samples and ``std`` (N, A) their standard deviation.
 
     :param path: checkpoint folder, or hub id ``org/name``
-    :param unnorm_key: dataset whose statistics un-normalise the actions; None where there is only one
-    :param camera: whose images are asked for, as ``images.<camera>``
-    :param image_size: side of the images that the environment shall render, in pixels; None: any. 224 needs no resizing,
+    :param unnorm_key: dataset whose statistics unnormalize the actions; None where there is only one
+    :param camera: its images are the input ``images.<camera>``
+    :param image_size: side of the images to ask the environment for, in pixels; None: any. 224 needs no resizing,
         256 is what published ManiSkill models were trained with
-    :param device: PyTorch's name; auto: cuda if there is one
+    :param device: as PyTorch names it; auto: cuda if there is one
     :param dtype: bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU
     :param n_samples: K; 0: the most probable tokens
     :param temperature: of the samples
@@ -46,7 +47,7 @@ class OpenVLATeacher(LocalTeacher):
     :param center_crop: for models that were fine-tuned with random crops
     :param cuda_graphs: record a graph for each batch size on a GPU; the first answer of a size takes some seconds
     :param gripper: the checkpoint's convention, one of :data:`~rpd_sb3.contract.teacher.GRIPPERS`
-    :param rotation: the checkpoint's convention, where it is known
+    :param rotation: the checkpoint's convention, e.g. ``axis_angle``; None: not known
     :param rotation_sign: -1 if the environment turns the hand the other way than that of the demonstrations
     :param control_mode: ManiSkill controller that the checkpoint was trained for; None: not checked
     :raises ValueError: in one sentence, if the checkpoint or an argument cannot be used
@@ -84,17 +85,19 @@ class OpenVLATeacher(LocalTeacher):
             raise ValueError(f"rotation_sign={rotation_sign} must be 1 or -1")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
-        self._device = find_device(device)
-        number = find_dtype(dtype, self._device)
+        self._device = th.device(check_device(device))
+        weights_dtype = find_dtype(dtype, self._device)
         checkpoint = open_checkpoint(path)
         statistics = checkpoint.statistics(unnorm_key)
         self._bounds = Bounds(np.array(statistics.low), np.array(statistics.high))
-        self._n_actions, self._n_bins = len(statistics.low), checkpoint.n_bins
+        self._n_actions = len(statistics.low)
+        self._n_bins = checkpoint.n_bins
         self._last_id = checkpoint.first_unused_id - 1
         self._prompts = Prompts(checkpoint.folder / "tokenizer.json")
-        self._pixels = Preprocessor(checkpoint.normalization, self._device, number, resize, center_crop)
-        self._model = load_model(checkpoint, self._device, number)
-        self._n_samples, self._std_floor = n_samples, std_floor
+        self._pixels = Preprocessor(checkpoint.normalization, self._device, weights_dtype, resize, center_crop)
+        self._model = load_model(checkpoint, self._device, weights_dtype)
+        self._n_samples = n_samples
+        self._std_floor = std_floor
         generator = th.Generator(self._device).manual_seed(seed)
         self._noise = Noise(self._last_id + 1 - self._n_bins, self._last_id, temperature, generator)
         on_gpu = self._device.type == "cuda"
@@ -123,8 +126,9 @@ class OpenVLATeacher(LocalTeacher):
         """What OpenVLA would have done.
 
         :param query: ``inputs["images.<camera>"]`` (N, H, W, 3) uint8, ``inputs["instruction"]`` (N,) str; ``actions``
-            (N, A) int tokens, or anything else, which is not looked at
-        :raises ValueError: for inputs of another form, or an empty instruction
+            (N, A) int tokens; actions of another type are ignored
+        :raises ValueError: for images of another shape or type, or an empty instruction
+        :raises TeacherError: for tokens of another shape or out of range
         """
         images = np.asarray(query.inputs[self._image])
         check_images(images, self._image)
@@ -146,7 +150,7 @@ class OpenVLATeacher(LocalTeacher):
         return labels
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the model's memory."""
         super().close()
         self._pixels.close()
         for name in ("_run", "_model"):
@@ -164,14 +168,14 @@ class OpenVLATeacher(LocalTeacher):
         if self._n_samples:
             samples, _ = self._model.generate(prompted.repeated(self._n_samples), self._n_actions, self._noise)
             samples = samples.view(len(ids), self._n_samples, self._n_actions)
-        # OpenVLA's last id stands for the least action.
+        # OpenVLA's last id stands for the lowest action.
         return ids, logits[..., self._noise.first : self._last_id + 1].flip(-1), samples
 
     def _padded(self, n: int) -> int:
         return next((size for size in self._sizes if size >= n), n)
 
     def _prefix(self, actions: Any, rows: np.ndarray) -> th.Tensor | None:
-        """Ids of the student's tokens; None if it has none."""
+        """Ids of the student's tokens; None if its actions are not tokens."""
         if actions is None or np.asarray(actions).dtype.kind not in "iu":
             return None
         tokens = np.asarray(actions)
@@ -183,28 +187,16 @@ class OpenVLATeacher(LocalTeacher):
         return th.from_numpy(self._last_id - tokens[rows].astype(np.int64)).to(self._device)
 
     def _actions(self, ids: th.Tensor) -> np.ndarray:
-        """Un-normalised actions of token ids; ids that are no actions stand for the nearer end, as upstream has it."""
+        """Unnormalized actions of token ids; other ids than those of actions stand for the nearer end, as in upstream's code."""
         tokens = np.clip(self._last_id - ids.cpu().numpy(), 0, self._n_bins - 1)
         return to_actions(tokens, self._n_bins, self._bounds)
-
-
-def find_device(name: str) -> th.device:
-    """The device.
-
-    :raises ValueError: if PyTorch does not know it, or it is not there
-    """
-    try:
-        device = th.device(name if name != "auto" else "cuda" if th.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is unknown to PyTorch; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= th.cuda.device_count():
-        raise ValueError(f"device={name!r}: PyTorch sees {th.cuda.device_count()} CUDA devices here")
-    return device
 
 
 def find_dtype(name: str, device: th.device) -> th.dtype:
     """The dtype of the weights.
 
+    :param name: a key of :data:`~rpd_sb3.teachers.openvla.loading.DTYPES`, or ``auto``: bf16 on a GPU, fp32 on a CPU
+    :param device: of the weights
     :raises ValueError: for an unknown name
     """
     if name == "auto":

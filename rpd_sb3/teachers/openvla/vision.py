@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rpd_sb3.teachers.openvla.checkpoint import Entry
 
 N_HEADS = 16
-"""Of both towers; the one size that the shapes of the weights do not tell."""
+"""Of both towers; the only size that does not follow from the shapes of the weights."""
 EPS = 1e-6
 PATCH = 14
 
@@ -25,7 +25,7 @@ class TowerShape(NamedTuple):
 
     width: int
     depth: int
-    """Blocks in the checkpoint. The last one is never used: OpenVLA takes what comes out of the second to last."""
+    """Blocks in the checkpoint. The last one is not used: OpenVLA takes the features of the second to last."""
     mlp_width: int
     n_patches: int
     n_registers: int
@@ -34,11 +34,11 @@ class TowerShape(NamedTuple):
 
 
 def tower_shape(tensors: Mapping[str, Entry], prefix: str) -> TowerShape:
-    """The sizes of a tower as its weights have them.
+    """The sizes of a tower, from the shapes of its weights.
 
     :param tensors: of the checkpoint
-    :param prefix: of the tower's names, with the last dot
-    :raises ValueError: if the weights of the tower are not there
+    :param prefix: of the names of the tower's weights, with the last dot
+    :raises ValueError: if a weight of the tower is missing
     """
     try:
         width = tensors[f"{prefix}patch_embed.proj.weight"].shape[0]
@@ -71,7 +71,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every patch looks at every other."""
+    """Self-attention over all patches."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind its LayerNorm and added to the stream."""
+    """Pre-norm transformer block: attention and MLP, each around a residual."""
 
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """One linear map for each patch of 14 x 14 pixels.
 
-    Not a call of the convolution that it is: cuDNN computes those in TF32 even where matrix products are float32.
+    Computed as a matrix product, not as a convolution: cuDNN computes those in TF32 even where matrix products are float32.
     """
 
     def __init__(self, width: int) -> None:
@@ -147,7 +147,7 @@ class VisionTower(nn.Module):
     def forward(self, pixels: th.Tensor) -> th.Tensor:
         """Features of the patches.
 
-        :param pixels: normalised, ``(B, 3, 224, 224)``
+        :param pixels: normalized, ``(B, 3, 224, 224)``
         :return: ``(B, P, W)``, row by row
         """
         x = self.patch_embed(pixels) + self.pos_embed
@@ -160,7 +160,7 @@ class VisionTower(nn.Module):
 
 
 class VisionBackbone(nn.Module):
-    """Both towers side by side, under the names of the checkpoint."""
+    """Both towers; modules have the names of the checkpoint."""
 
     def __init__(self, dino: TowerShape, siglip: TowerShape) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class VisionBackbone(nn.Module):
     def forward(self, pixels: th.Tensor) -> th.Tensor:
         """Features of the patches.
 
-        :param pixels: ``(B, 6, 224, 224)``, channels normalised for DINOv2, then for SigLIP
+        :param pixels: ``(B, 6, 224, 224)``, channels normalized for DINOv2, then for SigLIP
         :return: ``(B, P, W_dino + W_siglip)``
         """
         dino, siglip = pixels.split(3, dim=1)
@@ -178,7 +178,7 @@ class VisionBackbone(nn.Module):
 
 
 class Projector(nn.Module):
-    """Three layers from the features to the language model's embeddings."""
+    """Three layers from the features of the towers to the embeddings of the language model."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""One scripted expert per ManiSkill task: the stand-in for a vision-language-action model (VLA).
+"""One scripted expert for each ManiSkill task: stand-ins for a vision-language-action model (VLA) that run offline.
 
-They see what only a simulator knows and label any state that a student may reach, so that everything runs offline.
-Each is a pure function of the current state: no memory, and phases that are smooth weights. Shape letters: N states.
-Lengths in metres are those of ManiSkill 3.0.1; gains and margins were tuned on seeds 10000 to 10099.
+They read the simulator's state and label any state that a student may reach. Each is a pure function of the current
+state: no memory, and phases that are smooth weights. Lengths in metres are those of ManiSkill 3.0.1; gains and margins
+were tuned on seeds 10000 to 10099.
+
+Shape letter: N states.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def pick_cube(state: State) -> np.ndarray:
     """Grasp the cube and carry it to the goal.
 
     The hand keeps its heading and the fingers turn the cube: a yaw to follow, which jumps by 90 degrees with the cube's
-    symmetry, is what a small student regresses worst (measured: it made up three quarters of the error).
+    symmetry, is the hardest part for a small student to regress (measured: it made up three quarters of the error).
     """
     pick = grasp(state, state.object, np.broadcast_to([1.0, 0.0, 0.0], state.object.shape), CUBE + 0.005, period=np.pi)
     return act(state, blend(pick.held, state.goal - state.object, pick.way), pick.turn, pick.gripper)

@@ -1,4 +1,4 @@
-"""A scripted expert's action as a distribution: Gaussians around one or two ways, as tokens or as samples.
+"""A scripted expert's action as a distribution: Gaussians around one or two actions, as tokens or as samples.
 
 Shape letters: N queries, M modes, K action dimensions (tokens), V bins.
 """
@@ -11,7 +11,7 @@ from rpd_sb3.contract.bins import centres
 
 
 def bin_log_probs(means: np.ndarray, std: float, n_bins: int) -> np.ndarray:
-    """Discretised Gaussians: log p(v) of the bins, -(c_v - mean)^2 / (2 std^2) normalised over the V centres c_v.
+    """Discretised Gaussians: log p(v) of the bins, -(c_v - mean)^2 / (2 std^2) normalized over the V centres c_v.
 
     :param means: ``(..., K)`` in [-1, 1]
     :param std: in units of the action
@@ -25,8 +25,8 @@ def bin_log_probs(means: np.ndarray, std: float, n_bins: int) -> np.ndarray:
 def conditional_logits(log_probs: np.ndarray, prefix: np.ndarray | None) -> np.ndarray:
     """Logits of each token of an equal mixture of M token distributions.
 
-    With a prefix, ``log p(a_k | a_<k)``: what came before tells the modes apart, which is how an autoregressive teacher
-    scores a student's tokens. Without, the marginals ``log p(a_k)``, as a teacher that decodes in parallel gives them.
+    With a prefix, ``log p(a_k | a_<k)``, as an autoregressive teacher scores a student's tokens: the tokens before tell
+    the modes apart. Without, the marginals ``log p(a_k)``, as a teacher that decodes in parallel gives them.
 
     :param log_probs: ``(N, M, K, V)`` of each mode, whose tokens are independent
     :param prefix: tokens ``(N, K)`` int to condition on; None: the marginals
@@ -43,12 +43,12 @@ def conditional_logits(log_probs: np.ndarray, prefix: np.ndarray | None) -> np.n
     return _log_sum_exp(weights[..., None] + log_probs, 1).astype(np.float32)
 
 
-def fitted(samples: np.ndarray, std_floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """The Gaussian that PPD imitates where a teacher only gives samples.
+def fit_gaussian(samples: np.ndarray, std_floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of samples: the Gaussian that PPD imitates where a teacher only gives samples.
 
     :param samples: ``(n, N, K)``, n > 1
-    :param std_floor: least std, in units of the action: samples of a confident teacher may be all alike, and the KL of
-        a Gaussian without width is infinite
+    :param std_floor: least std, in units of the action: samples of a confident teacher may be all equal, and the KL to
+        a Gaussian with std 0 is infinite
     :return: mean and std (not variance), both ``(N, K)`` float32
     """
     std = np.maximum(samples.std(axis=0, ddof=1), std_floor)

@@ -1,4 +1,4 @@
-"""What the scripted experts are made of: rotations, smooth phases, reaching, grasping.
+"""The parts of the scripted experts: rotations, smooth phases, reaching, grasping.
 
 Everything is a pure function over a batch, in metres, radians and the robot's base frame; quaternions are (w, x, y, z).
 Shape letters: N states in a batch.
@@ -183,8 +183,8 @@ def act(state: State, way: np.ndarray, turn: np.ndarray, gripper: np.ndarray | f
 def funnel(way: np.ndarray, unready: np.ndarray | float = 0.0, hover: np.ndarray | float = HOVER) -> np.ndarray:
     """Bend a straight way down to a point so that it comes from above.
 
-    The target is a funnel over the point: the further aside or the less ready, the higher. Who is too low to travel
-    rises first.
+    The target is a funnel over the point: the further aside or the less ready, the higher. A hand that is too low to
+    travel rises first.
 
     :param way: (N, 3) from the tool centre point to the point
     :param unready: (N,) or a number, 1 to wait above the point, 0 to go down
@@ -197,7 +197,7 @@ def funnel(way: np.ndarray, unready: np.ndarray | float = 0.0, hover: np.ndarray
 
 
 class Grasp(NamedTuple):
-    """How to get hold of something from above; the parts of :func:`act`, and how far the grasp has come."""
+    """A grasp from above: arguments of :func:`act`, and whether the thing is held."""
 
     way: np.ndarray
     """(N, 3)"""
@@ -218,7 +218,7 @@ def grasp(
 ) -> Grasp:
     """Reach a point from above with open fingers, and close them there; recovers from any lost or missed grasp.
 
-    :param point: (N, 3) where the tool centre point shall close
+    :param point: (N, 3) where the fingers close
     :param along: (N, 3) direction for the gripper's x axis, seen from above; fingers close at right angles to it
     :param half_width: of the thing, along the closing direction
     :param period: angle after which the thing looks the same; the heading taken is the nearest to the gripper's
@@ -229,7 +229,7 @@ def grasp(
     far = ramp(length(flat(point)), REACH - 0.04, REACH + 0.01)
     turn = turn_to(state.tcp_quat, pointing_down(yaw, tilt=0.25 * far))
     closed = ramp(state.opening, half_width + 0.006, half_width + 0.002)
-    # A thing that slipped off centre while the fingers closed is held all the same.
+    # A thing that slipped off centre while the fingers closed is still held.
     slack = 0.015 * closed * ramp(state.opening, 0.008, 0.014)
     aside = np.maximum(length(flat(way)) - slack, 0.0)
     near = ramp(np.hypot(aside, way[:, 2]), 0.025, 0.015)

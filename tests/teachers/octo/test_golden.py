@@ -1,6 +1,6 @@
 """OctoTeacher against octo itself, on a real checkpoint. In Octo's environment, where there is no PyTorch for conftest.py:
 
-``OCTO_CHECKPOINT=FOLDER python -m pytest --noconftest -m slow tests/test_octo_golden.py``, where the folder is
+``OCTO_CHECKPOINT=FOLDER python -m pytest --noconftest -m slow tests/teachers/octo/test_golden.py``, where the folder is
 octo-base-1.5, a fine-tuned one, or a small random one of its structure.
 """
 

@@ -1,4 +1,4 @@
-"""OctoTeacher's wiring, on a stand-in for octo; test_octo_golden.py compares it with octo itself."""
+"""OctoTeacher's wiring, on a stand-in for octo; test_golden.py compares it with octo itself."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_samples_are_averaged_and_their_std_has_a_floor(checkpoint: str) -> None
     assert labels["action"][0, SEES] == 3
 
 
-def test_actions_are_unnormalised_where_the_mask_says(checkpoint: str) -> None:
+def test_actions_are_unnormalized_where_the_mask_says(checkpoint: str) -> None:
     mask = np.array([True] * 3 + [False] + [True] * 3)
     statistics = {"mean": np.full(7, 10.0), "std": np.full(7, 2.0), "mask": mask}
     OctoModel.changes = {"dataset_statistics": {"action": statistics}}
@@ -280,25 +280,18 @@ def test_other_instructions_are_refused(checkpoint: str, instruction: np.ndarray
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"n_samples": 0}, "n_samples=0 must be a whole number, at least 1"),
         ({"n_samples": 1.5}, "n_samples=1.5 must be a whole number"),
-        ({"n_samples": True}, "n_samples=True must be a whole number"),
         ({"horizon": 0}, "horizon=0 must be"),
-        ({"horizon": 4}, "horizon=4 must be at most 3, the checkpoint's max_horizon"),
-        ({"exec_horizon": 5}, "exec_horizon=5 must be at most 4, the actions of the checkpoint's chunks"),
-        ({"std_floor": 0}, "std_floor=0 must be a positive number"),
+        ({"horizon": 4}, "horizon=4 must be at most 3"),
+        ({"exec_horizon": 5}, "exec_horizon=5 must be at most 4"),
         ({"std_floor": float("nan")}, "std_floor=nan must be"),
-        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
-        ({"step": "5"}, "step='5' must be a whole number, or None"),
+        ({"seed": -1}, "seed=-1 must be"),
         ({"step": 3}, "has no step 3; it has 0, 5"),
         ({"gripper": "open"}, "gripper='open' must be one of -1..1, 0..1"),
-        ({"camera": None}, "camera=None must be a text"),
-        ({"wrist_camera": 3}, "wrist_camera=3 must be a text"),
         ({"wrist_camera": "human"}, "are both 'human'"),
-        ({"rotation": ""}, "rotation='' must be a text"),
         ({"batch_sizes": []}, r"batch_sizes=\[\] must be a list"),
-        ({"batch_sizes": [0, 1]}, r"batch_sizes=\[0, 1\] must be"),
-        ({"unnorm_key": "bridge"}, "it has but one set, without a name: leave unnorm_key out"),
+        ({"batch_sizes": [8, 0]}, r"batch_sizes=0 must be"),
+        ({"unnorm_key": "bridge"}, "leave unnorm_key out"),
     ],
 )
 def test_arguments_are_checked_at_once(checkpoint: str, kwargs: dict[str, Any], message: str) -> None:
@@ -313,7 +306,7 @@ def test_arguments_are_checked_at_once(checkpoint: str, kwargs: dict[str, Any], 
         (
             {"config": {"a": {"action_proprio_normalization_type": "bounds"}}},
             {},
-            "normalised to 'bounds', not 'normal'",
+            "normalized to 'bounds', not 'normal'",
         ),
         (
             {"example_batch": {"observation": {"image_primary": np.zeros((1, 2, 8, 8, 3))}}},
@@ -347,20 +340,22 @@ def test_a_deterministic_head_has_no_samples(checkpoint: str, monkeypatch: pytes
 def test_a_missing_checkpoint_is_named(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'nowhere' does not exist: name the folder that holds config.json"):
         make("nowhere")
+    for step in ("0", "5"):
+        Path(checkpoint, step).rmdir()
+    with pytest.raises(ValueError, match="has no steps"):
+        make(checkpoint)
     Path(checkpoint, "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="has no dataset_statistics.json"):
         make(checkpoint)
     with pytest.raises(ValueError, match="path='hf://' must be the folder"):
         make("hf://")
-    with pytest.raises(ValueError, match="step=5 cannot be chosen from the hub"):
+    with pytest.raises(ValueError, match="step=5 cannot be chosen"):
         make("hf://org/name", step=5)
 
 
 def test_what_octo_cannot_load_is_one_sentence(checkpoint: str) -> None:
     OctoModel.load_error = OSError("We couldn't connect to the hub\nmany more lines")
-    with pytest.raises(
-        ValueError, match=r"cannot be loaded \(We couldn't connect to the hub\): .* t5-base, must be in"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be loaded \(We couldn't connect to the hub\): .* t5-base"):
         make(checkpoint)
     OctoModel.load_error = ImportError("cannot import name 'FlaxAutoModel' from 'transformers'")
     with pytest.raises(ValueError, match="install transformers==4.36.2"):
@@ -378,18 +373,20 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("files", [["__init__.py", "cli.py", "manager.py", "plugin.py"], []])
-def test_the_indexs_package_is_told_without_executing_it(
+def test_another_package_of_that_name_is_recognised_without_executing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]
 ) -> None:
     (tmp_path / "octo").mkdir()
     for name in files:
         (tmp_path / "octo" / name).write_text("raise RuntimeError('executed')")
     fake_octo.use_package(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="is not the robot model but something else of that name.*pip uninstall octo"):
+    with pytest.raises(ValueError, match="is not the robot model.*pip uninstall octo"):
         import_model_class()
 
 
-def test_a_mixed_installation_is_told_without_executing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixed_installation_is_recognised_without_executing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_octo.write_package(tmp_path, "raise RuntimeError('executed')")
     (tmp_path / "octo" / "manager.py").touch()
     fake_octo.use_package(tmp_path, monkeypatch)

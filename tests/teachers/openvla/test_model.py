@@ -92,7 +92,8 @@ def test_the_token_before_the_actions_is_not_doubled(folder: Path) -> None:
         def encode(self, text: str) -> object:
             return tokenizer.encode(f"{text} ")
 
-    make._tokenizer, make._known = WithSpace(), {}
+    make._tokenizer = WithSpace()
+    make._known.cache_clear()
     assert make("lift the cube") == known
 
 

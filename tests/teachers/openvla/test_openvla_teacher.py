@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,8 @@ def test_continuous_actions_of_the_student_are_not_looked_at(teacher: OpenVLATea
 
 
 @pytest.mark.parametrize("tokens", [np.zeros((4, 6), int), np.full((4, 7), 256), np.full((4, 7), -1)])
-def test_tokens_that_are_none_are_refused(teacher: OpenVLATeacher, tokens: np.ndarray) -> None:
-    with pytest.raises(TeacherError, match=r"^OpenVLA scores tokens \(N, 7\) from 0 to 255, but got \(4, [67]\) from"):
+def test_tokens_out_of_range_or_shape_are_refused(teacher: OpenVLATeacher, tokens: np.ndarray) -> None:
+    with pytest.raises(TeacherError, match=r"tokens \(N, 7\) from 0 to 255, but got \(4, [67]\) from"):
         ask(teacher, tokens)
 
 
@@ -208,7 +210,7 @@ def test_a_service_refuses_images_of_another_size_than_announced(folder: Path) -
 def test_an_empty_instruction_is_refused(teacher: OpenVLATeacher, text: str) -> None:
     query = question(FOUR[:1], size=224)
     empty = Query({**query.inputs, "instruction": np.array([text])}, query.env_ids, query.episode_starts)
-    with pytest.raises(ValueError, match="^OpenVLA needs an instruction, e.g. 'pick up the cube', but got '"):
+    with pytest.raises(ValueError, match="needs an instruction.*but got '"):
         teacher.label(empty)
 
 
@@ -222,32 +224,49 @@ def test_an_empty_instruction_is_refused(teacher: OpenVLATeacher, text: str) -> 
         np.zeros((2, 0, 224, 3), np.uint8),
     ],
 )
-def test_what_are_no_images_is_refused(teacher: OpenVLATeacher, wrong: np.ndarray) -> None:
+def test_other_arrays_than_images_are_refused(teacher: OpenVLATeacher, wrong: np.ndarray) -> None:
     query = Query({"images.human": wrong, "instruction": np.array(["lift it"] * 2)}, np.arange(2), np.ones(2, bool))
-    with pytest.raises(ValueError, match=r"^OpenVLA needs images.human as \(N, H, W, 3\) uint8 RGB, but got \("):
+    with pytest.raises(ValueError, match=r"needs images.human as \(N, H, W, 3\) uint8 RGB, but got \("):
         teacher.label(query)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"n_samples": 1}, "^n_samples=1 must be 0, or at least 2: one sample has no std$"),
-        ({"n_samples": -1}, "^n_samples=-1 must be 0, or at least 2"),
-        ({"temperature": 0.0}, "^temperature=0.0 and std_floor=0.02 must be positive$"),
-        ({"temperature": float("nan")}, "^temperature=nan and std_floor=0.02 must be positive$"),
-        ({"std_floor": -1.0}, "^temperature=1.0 and std_floor=-1.0 must be positive$"),
-        ({"gripper": "open"}, r"^gripper='open' is unknown; choose one of -1..1, 0..1, 1..-1, 1..0$"),
-        ({"rotation_sign": 2}, "^rotation_sign=2 must be 1 or -1$"),
-        ({"image_size": 0}, "^image_size=0 must be at least 1"),
-        ({"dtype": "int8"}, "^dtype='int8' is unknown; choose auto, bf16, fp16, fp32$"),
-        ({"device": "npu9000"}, "^device='npu9000' is unknown to PyTorch; use auto, cpu, cuda or cuda:1$"),
-        ({"device": "cuda:99"}, r"^device='cuda:99': PyTorch sees \d+ CUDA devices here$"),
-        ({"resize": "bilinear"}, "^resize='bilinear' is unknown; choose one of pil, tensor$"),
+        ({"n_samples": 1}, "n_samples=1 must be 0, or at least 2"),
+        ({"n_samples": -1}, "n_samples=-1 must be 0, or at least 2"),
+        ({"temperature": float("nan")}, "temperature=nan and std_floor=0.02 must be positive"),
+        ({"std_floor": -1.0}, "std_floor=-1.0 must be positive"),
+        ({"gripper": "open"}, "gripper='open' is unknown; choose one of -1..1"),
+        ({"rotation_sign": 2}, "rotation_sign=2 must be 1 or -1"),
+        ({"image_size": 0}, "image_size=0 must be at least 1"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; choose auto, bf16"),
+        ({"device": "npu9000"}, "device 'npu9000' is unknown to PyTorch"),
+        ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
+        ({"resize": "bilinear"}, "resize='bilinear' is unknown; choose one of pil, tensor"),
     ],
 )
 def test_an_argument_that_cannot_be_right_is_refused(folder: Path, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(folder, **kwargs)
+
+
+IMPORT_WITHOUT_TRANSFORMERS = """
+import sys
+from unittest.mock import MagicMock
+
+for name in ("tokenizers", "transformers", "transformers.models.llama.modeling_llama"):
+    sys.modules[name] = MagicMock()  # they take long to import
+import rpd_sb3.teachers.openvla.teacher
+
+print({"stable_baselines3", "sb3_contrib"} & set(sys.modules))
+"""
+
+
+def test_it_needs_nothing_of_the_students_side() -> None:
+    """Its environment has no Stable-Baselines3, see requirements/openvla.txt."""
+    command = [sys.executable, "-c", IMPORT_WITHOUT_TRANSFORMERS]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 STATISTICS = [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]

@@ -63,9 +63,10 @@ def test_the_checkpoint_that_comes_along_is_small_and_listens() -> None:
 
 def test_it_teaches_a_student_of_states(tmp_path: Path) -> None:
     teacher = ["--teacher", f"openvla:{CHECKPOINT}", "--teacher-kwargs", "image_size:224"]
-    short = ["-n", "16", "--eval-freq", "0", "--eval-episodes", "1", "--n-eval-envs", "1", "--vec-env", "dummy"]
-    params = ["-params", "n_envs:2", "n_steps:8", "batch_size:8"]
-    argv = ["--algo", "rpd_ppo", "--env", "PushCube-v1", *teacher, *short, "--no-video", "--no-progress"]
+    short = ["-n", "8", "--eval-freq", "0", "--eval-episodes", "1", "--n-eval-envs", "1", "--vec-env", "dummy"]
+    params = ["-params", "n_envs:2", "n_steps:4", "batch_size:8"]
+    env = ["--env", "PushCube-v1", "--env-kwargs", "max_episode_steps:5"]
+    argv = ["--algo", "rpd_ppo", *env, *teacher, *short, "--no-video", "--no-progress"]
     assert train.main([*argv, "-f", str(tmp_path), *params]) == 0
     result = json.loads(next(tmp_path.glob("rpd_ppo/*/result.json")).read_text())
     assert result["labels_per_transition"] == 1.0
