@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -114,7 +113,7 @@ class OPD(GroupedRollouts):
                 log_ratio = sampled_advantage(th.as_tensor(buffer.log_probs), log_prob).numpy()
                 buffer.advantages += self.curriculum.distill_coef * log_ratio * buffer.labelled
 
-    def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, Mapping[str, float]]:
+    def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, dict[str, float]]:
         distribution, labels, labelled = self.imitation(batch, student)
         student_logits, teacher_logits = token_logits(distribution), self.teacher_log_probs(labels["logits"])
         loss = masked_mean(token_divergence(student_logits, teacher_logits, self.divergence).sum(dim=1), labelled)
