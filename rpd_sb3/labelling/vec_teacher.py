@@ -184,8 +184,8 @@ class VecTeacher(VecEnvWrapper):
         return np.flatnonzero(self._rng.random(self.num_envs) < self.label_fraction)
 
     def _submit(self, rows: np.ndarray, actions: np.ndarray | None) -> PendingLabels:
-        everybody = len(rows) == self.num_envs
-        inputs = {name: value if everybody else value[rows] for name, value in self._inputs.items()}
+        all_rows = len(rows) == self.num_envs
+        inputs = {name: value if all_rows else value[rows] for name, value in self._inputs.items()}
         if self._instructions is not None:
             inputs["instruction"] = self._instructions[rows]
         query = Query(
@@ -202,5 +202,5 @@ class VecTeacher(VecEnvWrapper):
             with self._times_lock:
                 self._times.append((seconds, len(rows)))
 
-        # label() is left out: nobody steps meanwhile, and the first one warms the teacher up
+        # label() is left out: no environment steps meanwhile, and the first one warms the teacher up
         return PendingLabels(self.teacher, query, self._policy, self.adapter, None if actions is None else note)

@@ -211,6 +211,11 @@ def test_bad_arguments_are_refused(wrap: Any, kwargs: dict, message: str) -> Non
         wrap(env if wrap is TeacherWrapper else make_venv(), EchoTeacher(), **kwargs)
 
 
+def test_labels_of_one_environment_cannot_be_skipped() -> None:
+    with pytest.raises(ValueError, match="on_failure='skip' is for VecTeacher"):
+        TeacherWrapper(CountingEnv(), EchoTeacher(), on_failure="skip")
+
+
 def test_labels_of_a_teacher_with_a_memory_cannot_be_skipped() -> None:
     teacher = with_memory(EchoTeacher())
     with pytest.raises(ValueError, match="on_failure='skip' would leave gaps in the memory of teacher 'echo'"):

@@ -33,7 +33,7 @@ PAUSE = 0.5
 
 
 class _Job(NamedTuple):
-    observation: dict[str, Any]
+    observation: dict[str, np.ndarray]
     answer: Future[np.ndarray]
     """(T, A)"""
 
@@ -136,7 +136,7 @@ class OpenPITeacher:
         whole: Future[Labels] = Future()
         whole.set_running_or_notify_cancel()
         try:
-            self._check_query(query)
+            self._check_images(query)
             if not self._room.acquire(timeout=0.0 if self._failing else self._timeout):
                 raise TeacherUnavailable(f"{self._who}: {self._max_pending} queries are not answered yet")
         except TeacherError as error:
@@ -185,27 +185,17 @@ class OpenPITeacher:
                 waiting = True
                 time.sleep(PAUSE)
 
-    def _check_query(self, query: Query) -> None:
-        if len(query.env_ids) == 0:
-            raise TeacherError(f"{self._who}: an empty query")
+    def _check_images(self, query: Query) -> None:
         for name in self.spec.inputs:
-            if name not in query.inputs:
-                raise TeacherError(f"{self._who}: the query has no {name!r}, only {sorted(query.inputs)}")
-            value = np.asarray(query.inputs[name])
-            if len(value) != len(query.env_ids):
-                raise TeacherError(f"{self._who}: {len(value)} rows of {name!r} for {len(query.env_ids)} environments")
-            if name.startswith("images.") and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
+            images = np.asarray(query.inputs[name])
+            if name.startswith("images.") and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
                 raise TeacherError(
-                    f"{self._who}: {name!r} must be uint8 of shape (N, H, W, 3), got {value.dtype} {value.shape}"
+                    f"{self._who}: {name!r} must be uint8 of shape (N, H, W, 3), got {images.dtype} {images.shape}"
                 )
 
     def _ask(self, query: Query, row: int) -> Future[np.ndarray]:
         """The chunk for one row, in line."""
-        observation: dict[str, Any] = {}
-        for key, name in self._inputs.items():
-            value = query.inputs[name][row]
-            observation[key] = str(value) if name == "instruction" else np.array(value)
-        job = _Job(observation, Future())
+        job = _Job({key: np.array(query.inputs[name][row]) for key, name in self._inputs.items()}, Future())
         self._jobs.put(job)
         return job.answer
 
@@ -214,7 +204,7 @@ class OpenPITeacher:
             if not job.answer.set_running_or_notify_cancel():
                 continue
             try:
-                message = pack({key: self._ready(key, value) for key, value in job.observation.items()})
+                message = pack({key: self._as_sent(key, value) for key, value in job.observation.items()})
                 chunk = self._check(connection.ask(message, self._timeout))
             except TeacherError as error:
                 self._failing = isinstance(error, TeacherUnavailable)
@@ -226,10 +216,12 @@ class OpenPITeacher:
                 job.answer.set_result(chunk)
         connection.close()
 
-    def _ready(self, key: str, value: Any) -> Any:
-        """A value as the server wants it."""
-        is_image = self._inputs[key].startswith("images.")
-        return resize_with_pad(value, self._image_size) if is_image and self._image_size else value
+    def _as_sent(self, key: str, value: np.ndarray) -> np.ndarray | str:
+        if self._inputs[key] == "instruction":
+            return str(value)
+        if self._image_size is not None and self._inputs[key].startswith("images."):
+            return resize_with_pad(value, self._image_size)
+        return value
 
     def _check(self, response: Mapping[str, Any]) -> np.ndarray:
         """The actions to execute, (T, A) float32.

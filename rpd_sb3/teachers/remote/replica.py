@@ -208,7 +208,7 @@ class Replica:
         error: Exception | None = None
         try:
             labels = self._exchange(connection, piece)
-        except Exception as caught:  # goes to whoever waits for the answer, not into a thread's traceback
+        except Exception as caught:  # it belongs to the answer, not into a thread's traceback
             error = caught
         now = time.monotonic()
         with self._lock:

@@ -399,11 +399,8 @@ def test_bad_answers_are_one_sentence(answer: Any, message: str, closing: ExitSt
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Query({}, np.arange(1), np.ones(1, bool)), r"the query has no 'images.a', only \[\]"),
-        (Query({"images.a": np.zeros((2, 4, 4, 3), np.uint8)}, np.arange(1), np.ones(1, bool)), "2 rows of 'images.a'"),
         (Query({"images.a": np.zeros((1, 4, 4, 3))}, np.arange(1), np.ones(1, bool)), "must be uint8 of shape"),
         (Query({"images.a": np.zeros((1, 3, 4, 4), np.uint8)}, np.arange(1), np.ones(1, bool)), r"\(1, 3, 4, 4\)"),
-        (query([]), "an empty query"),
     ],
 )
 def test_bad_questions_are_one_sentence(asked: Query, message: str, closing: ExitStack) -> None:
