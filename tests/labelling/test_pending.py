@@ -131,6 +131,14 @@ def test_a_failure_of_long_ago_is_asked_again_at_once(mode: str, clock: Clock) -
     assert clock.slept == [0.0]
 
 
+def test_a_failure_of_long_ago_is_skipped_at_once(clock: Clock) -> None:
+    teacher = ManualTeacher(failing(1))
+    question = asked(teacher, "skip")
+    clock.now = 10_000.0
+    assert question.get() is None
+    assert len(teacher.answers) == 1
+
+
 @pytest.mark.parametrize("mode", ["raise", "wait"])
 @pytest.mark.parametrize("error", [TeacherError("no"), ArithmeticError("no")])
 def test_what_cannot_pass_is_not_asked_again(mode: str, error: Exception, clock: Clock) -> None:

@@ -119,7 +119,7 @@ class RemoteTeacher:
             return [(replica, rows) for i, replica in enumerate(replicas) if len(rows := np.flatnonzero(places == i))]
         now = time.monotonic()
         up = [replica for replica in replicas if replica.down_until < now] or replicas
-        up = [replica for replica in up if replica.has_room] or up
+        up = [replica for replica in up if replica.has_room] or [min(up, key=lambda replica: replica.outstanding)]
         counts = share(
             n,
             [replica.outstanding for replica in up],

@@ -19,6 +19,7 @@ from rpd_sb3.contract.teacher import TIMEOUT
 from rpd_sb3.labelling import TeacherWrapper, VecTeacher
 from rpd_sb3.teachers import Labels, Query, TeacherError, TeacherUnavailable, make_teacher
 from rpd_sb3.teachers.openpi.teacher import OpenPITeacher
+from rpd_sb3.teachers.remote import replica as replica_module
 from rpd_sb3.teachers.remote.replica import Piece
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher, _gather, share
 from rpd_sb3.wire import spec as spec_module
@@ -264,7 +265,8 @@ def test_replica_that_dies_costs_no_label() -> None:
         remote.close()
 
 
-def test_rows_that_no_replica_answers_are_an_error_after_one_attempt_at_each() -> None:
+def test_rows_that_no_replica_answers_are_an_error_after_one_attempt_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "DOWN", 0.0)  # as if each attempt took longer than that
     with serving() as service, faulty(service.url) as first, faulty(service.url) as second:
         remote = RemoteTeacher([first.url, second.url])
         first.faults = ["reset"] * 9
@@ -314,6 +316,20 @@ def test_a_slow_replica_does_not_set_the_pace() -> None:
             check(remote.submit(ask(50)).result(10), 50)
         assert time.monotonic() - start < 2.5  # 5 s if it had half of the rows
         assert service.engine.metrics.statistics()["inference_count"] - before < 125
+        remote.close()
+
+
+def test_a_replica_without_room_gets_nothing_while_another_has_some() -> None:
+    go = threading.Event()
+    with serving() as first, serving(lambda: EchoTeacher(lambda q: (go.wait(10), np.zeros((1, 2)))[1])) as second:
+        remote = RemoteTeacher([first.url, second.url], max_pending=1)
+        waiting = remote.submit(ask(2))
+        start = time.monotonic()
+        for _ in range(5):
+            check(remote.submit(ask(2)).result(5), 2)
+        assert time.monotonic() - start < 5.0
+        go.set()
+        waiting.result(10)
         remote.close()
 
 
