@@ -16,6 +16,8 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
+from rpd_sb3.contract.teacher import INFO_PREFIX
+
 Observation = np.ndarray | dict[str, np.ndarray]
 CHUNK = 64
 """Pairs that the label replay copies at a time."""
@@ -132,7 +134,7 @@ class _LabelsMixin:
         :param names: labels to keep
         """
         self._infos.append(
-            [{name: info[key] for name in names if (key := f"teacher_{name}") in info} for info in infos]
+            [{name: info[key] for name in names if (key := INFO_PREFIX + name) in info} for info in infos]
         )
 
     def gather_labels(self, names: frozenset[str]) -> float:
@@ -153,11 +155,10 @@ class _LabelsMixin:
                 # A skipped label is NaN; a teacher's own NaN is an error before this.
                 came = not any(np.isnan(value).any() for value in values.values())
                 self.labelled[step, env] = came
-                for name, value in values.items():
+                for name, value in values.items() if came else ():
                     if name not in self.labels:
                         self.labels[name] = np.zeros((self.buffer_size, self.n_envs, *value.shape), np.float32)
-                    if came:
-                        self.labels[name][step, env] = value
+                    self.labels[name][step, env] = value
         self._infos = []
         return 1.0 - int(self.labelled.sum()) / asked if asked else 0.0
 

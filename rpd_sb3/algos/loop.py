@@ -34,7 +34,7 @@ from rpd_sb3.algos.buffers import (
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
 from rpd_sb3.contract.teacher import TeacherError
-from rpd_sb3.labelling.access import check_teacher, set_label_fraction
+from rpd_sb3.labelling.access import check_labels_given, set_label_fraction
 
 Self = TypeVar("Self", bound="OnPolicyDistillation")
 
@@ -162,7 +162,7 @@ class OnPolicyDistillation(PPO):
 
     def _check_teacher(self) -> None:
         if self.needs and self.env is not None:
-            check_teacher(type(self).__name__, self.needs, self.env)
+            check_labels_given(type(self).__name__, self.needs, self.env)
 
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.

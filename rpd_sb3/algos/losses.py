@@ -153,12 +153,12 @@ def sampled_advantage(student_log_prob: th.Tensor, teacher_log_prob: th.Tensor) 
 
     In expectation over the student's actions, its policy gradient is the one of the full reverse KL of whole actions.
 
-    :param student_log_prob: ``(...)`` of whole actions (summed over tokens), under the policy that took them
-    :param teacher_log_prob: ``(...)`` of the same actions, each token after the same earlier tokens
-    :return: ``(...)``, without gradient
+    :param student_log_prob: ``(B, K)`` under the policy that took the actions
+    :param teacher_log_prob: ``(B, K)`` of the same tokens, after the same earlier tokens
+    :return: ``(B,)``, summed over tokens, without gradient
     """
     # Must not be normalized: its std vanishes with the KL, so the closer the policies, the more noise would be amplified.
-    return (teacher_log_prob - student_log_prob).detach()
+    return (teacher_log_prob - student_log_prob).sum(dim=1).detach()
 
 
 def k3(student_log_prob: th.Tensor, teacher_log_prob: th.Tensor) -> th.Tensor:

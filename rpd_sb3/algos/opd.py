@@ -110,8 +110,8 @@ class OPD(GroupedRollouts):
             if "logits" in buffer.labels:  # else the teacher was not asked: the coefficient is 0
                 teacher = self.teacher_log_probs(th.as_tensor(buffer.labels["logits"]))
                 log_prob = token_log_prob(teacher, th.as_tensor(buffer.actions)).sum(dim=-1)  # of whole actions
-                log_ratio = sampled_advantage(th.as_tensor(buffer.log_probs), log_prob).numpy()
-                buffer.advantages += self.curriculum.distill_coef * log_ratio * buffer.labelled
+                log_ratio = sampled_advantage(th.as_tensor(buffer.log_probs).view(-1, 1), log_prob.view(-1, 1)).numpy()
+                buffer.advantages += self.curriculum.distill_coef * log_ratio.reshape(log_prob.shape) * buffer.labelled
 
     def distill_loss(self, batch: LabelledSamples, student: Student) -> tuple[th.Tensor, dict[str, float]]:
         distribution, labels, labelled = self.imitation(batch, student)

@@ -16,6 +16,12 @@ from gymnasium import spaces
 TEACHER_PREFIX = "teacher/"
 """Observation keys with this prefix are the teacher's view; the student never sees them."""
 
+INFO_PREFIX = "teacher_"
+"""``info[INFO_PREFIX + name]`` is the teacher's label of that name for the transition."""
+
+TIMEOUT = 60.0
+"""Seconds that a teacher has for an answer, by default: of those who ask, and of the clients that they ask through."""
+
 GRIPPERS = {"-1..1": (-1.0, 1.0), "0..1": (0.0, 1.0), "1..-1": (1.0, -1.0), "1..0": (1.0, 0.0)}
 """Values of a closed and of an open gripper: ManiSkill's, OpenVLA's and Octo's, and the same upside down."""
 
@@ -55,8 +61,8 @@ class Query(NamedTuple):
     actions: np.ndarray | None = None
     """(N, ...) the student's actions there, for teachers that score them; None without a student."""
     number: int | None = None
-    """Counts the queries of one client, so that a teacher with a memory recognises a query that is repeated; None: no
-    query is ever repeated."""
+    """Counts the queries of one client, so that a teacher with a memory recognises a query that is repeated because it had no
+    answer; None: no query is ever repeated. Such a teacher gets a query when the one before has been answered."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ def teacher_labels(venv: VecEnv) -> frozenset[str] | None:
     return None
 
 
-def check_teacher(name: str, needs: frozenset[str], venv: VecEnv) -> None:
-    """Make sure that the environments have a teacher that gives these labels.
+def check_labels_given(name: str, needs: frozenset[str], venv: VecEnv) -> None:
+    """Check that the environments have a teacher that gives these labels.
 
     :param name: of the algorithm
     :param needs: labels

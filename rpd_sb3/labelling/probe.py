@@ -1,4 +1,4 @@
-"""Trying out, before a run begins, whether an environment can be made and who fits it."""
+"""Checks before a run begins: whether an environment can be made, and whether teacher and student fit it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from rpd_sb3.labelling.views import check_spec, student_space
 
 
 def probe(env_id: str, env_kwargs: dict[str, Any], teacher: Teacher | None) -> spaces.Space:
-    """Make one environment in this process, where mistakes have names, and close it again.
+    """The student's observation space; makes one environment in this process, where errors have names, and closes it.
 
-    :return: the student's observation space
+    :param env_id: environment
+    :param env_kwargs: options of :func:`rpd_sb3.envs.make_env`
+    :param teacher: that is to label it; None: no teacher
+    :return: observation space
     :raises ValueError: if the environment cannot be made, or the teacher does not fit
     """
     spec = None if teacher is None else teacher.spec
@@ -38,8 +41,9 @@ def probe(env_id: str, env_kwargs: dict[str, Any], teacher: Teacher | None) -> s
 
 
 def check_observations(model: BaseAlgorithm, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that a student can look at what an environment shows.
+    """Check that a student takes the observations of an environment.
 
+    :param model: the student
     :param space: the environment's observations
     :param name: of the student, for the message
     :param env_id: of the environment, for the message

@@ -72,7 +72,7 @@ def teacher_view(obs: Any, space: spaces.Space, names: tuple[str, ...]) -> dict[
 
     :param obs: batched observation of ``space``
     :param space: observation space of the environment
-    :param names: inputs that the teacher wants; ``instruction`` is no part of the observation
+    :param names: inputs that the teacher wants; ``instruction`` is not part of the observation
     """
     names = tuple(name for name in names if name != "instruction")
     if _has_teacher_view(space):
@@ -83,10 +83,12 @@ def teacher_view(obs: Any, space: spaces.Space, names: tuple[str, ...]) -> dict[
 
 
 def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    """Make sure that a teacher fits an environment.
+    """Check that a teacher fits an environment.
 
     :raises ValueError: naming the first thing that does not fit
     """
+    if "logits" in spec.labels and spec.n_bins is None:
+        raise ValueError(f"teacher {spec.name!r} gives logits, but its spec has no n_bins: set it to their number")
     n_bins = token_bins(action_space)
     if n_bins is not None and spec.n_bins not in (None, n_bins):
         raise ValueError(f"teacher {spec.name!r} has {spec.n_bins} bins, but the environment's actions have {n_bins}")

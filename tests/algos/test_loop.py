@@ -156,7 +156,7 @@ def test_no_teacher_no_training(wrap: Any, tmp_path: Path) -> None:
 
 def test_a_teacher_without_the_needed_label_is_refused() -> None:
     teacher = EchoTeacher()
-    object.__setattr__(teacher.spec, "labels", frozenset({"logits"}))
+    object.__setattr__(teacher.spec, "labels", frozenset({"value"}))
     with pytest.raises(ValueError, match=r"needs the labels \['action'\]; the teacher does not give \['action'\]"):
         RPD("MlpPolicy", make_venv(1, teacher), **SMALL)
 

@@ -287,6 +287,7 @@ def test_arguments_that_do_not_go_are_refused(kwargs: dict[str, Any], message: s
 def test_continuous_actions_are_refused() -> None:
     teacher = EchoTeacher()
     object.__setattr__(teacher.spec, "labels", frozenset({"logits"}))
+    object.__setattr__(teacher.spec, "n_bins", V)
     with pytest.raises(ValueError, match=r"OPD needs action tokens.* got Box\(.*; wrap the env in ActionTokens"):
         OPD("MlpPolicy", make_venv(teacher, tokens=False), **SMALL)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,10 +16,9 @@ from gymnasium import spaces
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from rpd_sb3.labelling import TeacherWrapper, VecTeacher
-from rpd_sb3.labelling import pending as labels
-from rpd_sb3.teachers import Labels, Query, TeacherError, TeacherUnavailable
-from tests.support.helpers import ACTION_SPACE, CountingEnv, EchoTeacher, SilentTeacher
+from rpd_sb3.labelling import TeacherWrapper, VecTeacher, pending
+from rpd_sb3.teachers import Labels, Query
+from tests.support.helpers import ACTION_SPACE, CountingEnv, EchoTeacher
 
 
 def make_venv(n: int = 2, **kwargs: object) -> VecEnv:
@@ -25,6 +28,11 @@ def make_venv(n: int = 2, **kwargs: object) -> VecEnv:
 
 def act(venv: VecEnv) -> tuple:
     return venv.step(np.zeros((venv.num_envs, 2), np.float32))
+
+
+def with_memory(teacher: EchoTeacher) -> EchoTeacher:
+    object.__setattr__(teacher.spec, "stateful", True)
+    return teacher
 
 
 @pytest.mark.parametrize("teacher_view", [False, True])
@@ -122,88 +130,6 @@ def test_label_answers_for_the_current_observation() -> None:
     np.testing.assert_array_equal(venv.label()["action"], obs[:, 1:3])
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda q: np.full((2, 2), np.nan), r"'action' that is not finite for query 0 of 2: \[nan nan\]"),
-        (lambda q: np.zeros((2, 3)), r"'action' of shape \(2, 3\), expected \(2, 2\)"),
-        (lambda q: np.zeros((1, 2)), r"'action' of shape \(1, 2\), expected \(2, 2\)"),
-        (lambda q: 1 / 0, "failed: ZeroDivisionError"),
-    ],
-)
-def test_unusable_answers_are_errors(answer, message: str) -> None:
-    venv = VecTeacher(make_venv(), EchoTeacher(answer))
-    venv.reset()
-    info = act(venv)[3][0]
-    with pytest.raises(TeacherError, match=message):
-        np.asarray(info["teacher_action"])
-
-
-def test_missing_label_is_an_error() -> None:
-    teacher = EchoTeacher()
-    teacher.label = lambda query: {"acton": np.zeros((2, 2))}  # type: ignore[method-assign]
-    venv = VecTeacher(make_venv(), teacher)
-    venv.reset()
-    with pytest.raises(TeacherError, match=r"promised the label 'action', but answered with \['acton'\]"):
-        venv.label()
-
-
-def test_silence_is_an_error_after_the_deadline() -> None:
-    venv = VecTeacher(make_venv(), SilentTeacher(), timeout=0.05)
-    venv.reset()
-    info = act(venv)[3][0]
-    with pytest.raises(TeacherError, match="no answer within 0.05 s"):
-        np.asarray(info["teacher_action"])
-
-
-def test_skipped_labels_are_nan() -> None:
-    venv = VecTeacher(make_venv(), SilentTeacher(), timeout=0.05, on_failure="skip")
-    venv.reset()
-    assert np.isnan(np.asarray(act(venv)[3][0]["teacher_action"])).all()
-
-
-class UnreachableTeacher(EchoTeacher):
-    """Answers the first time that it is asked ``tries`` times about the same."""
-
-    def __init__(self, tries: int) -> None:
-        super().__init__()
-        self.tries, self.numbers = tries, []
-
-    def submit(self, query: Query) -> Future[Labels]:
-        self.numbers.append(query.number)
-        if len(self.numbers) < self.tries:
-            failed: Future[Labels] = Future()
-            failed.set_exception(TeacherUnavailable("nobody there"))
-            return failed
-        return super().submit(query)
-
-
-def test_wait_asks_the_same_query_again_until_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "PAUSE", 0.0)
-    teacher = UnreachableTeacher(4)
-    venv = VecTeacher(make_venv(), teacher, on_failure="wait")
-    obs = venv.reset()
-    infos = act(venv)[3]
-    act(venv)  # the observation has changed since
-    np.testing.assert_array_equal([np.asarray(info["teacher_action"]) for info in infos], obs[:, 1:3])
-    assert teacher.numbers == [0, 1, 0, 0]
-
-
-def test_wait_has_a_limit() -> None:
-    venv = VecTeacher(make_venv(), UnreachableTeacher(99), on_failure="wait", patience=1e-9)
-    venv.reset()
-    info = act(venv)[3][0]
-    with pytest.raises(TeacherError, match="nobody there"):
-        np.asarray(info["teacher_action"])
-
-
-def test_wait_does_not_wait_for_what_cannot_pass() -> None:
-    venv = VecTeacher(make_venv(), EchoTeacher(lambda q: np.zeros((1, 2))), on_failure="wait")
-    venv.reset()
-    with pytest.raises(TeacherError, match="expected"):
-        venv.label()
-
-
 def test_gap_in_the_questions_is_a_fresh_start_for_a_teacher_with_a_memory() -> None:
     teacher = EchoTeacher()
     venv = VecTeacher(make_venv(1), teacher, wait=True)  # episodes of 3 steps
@@ -215,8 +141,7 @@ def test_gap_in_the_questions_is_a_fresh_start_for_a_teacher_with_a_memory() -> 
 
 
 def test_label_and_step_are_one_question_to_a_teacher_with_a_memory() -> None:
-    teacher = EchoTeacher()
-    object.__setattr__(teacher.spec, "stateful", True)
+    teacher = with_memory(EchoTeacher())
     venv = VecTeacher(make_venv(), teacher, label_fraction=0.0)
     venv.reset()
     for _ in range(4):
@@ -269,19 +194,76 @@ def test_teacher_for_other_image_sizes_or_inputs_is_refused() -> None:
     [
         ({"on_failure": "ignore"}, "on_failure='ignore' is unknown"),
         ({"timeout": 0}, "timeout=0 must be positive"),
+        ({"timeout": "60"}, "timeout='60' must be positive"),
+        ({"patience": True}, "patience=True must be positive"),
+        ({"patience": float("inf")}, "patience=inf must be positive and finite"),
         ({"label_fraction": 1.5}, "label_fraction=1.5 must lie between 0 and 1"),
     ],
 )
-def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
+@pytest.mark.parametrize("wrap", [VecTeacher, TeacherWrapper])
+def test_bad_arguments_are_refused(wrap: Any, kwargs: dict, message: str) -> None:
+    env = CountingEnv()
+    if wrap is TeacherWrapper and "label_fraction" in kwargs:
+        with pytest.raises(ValueError, match=message):
+            wrap(env, EchoTeacher()).set_label_fraction(kwargs["label_fraction"])
+        return
     with pytest.raises(ValueError, match=message):
-        VecTeacher(make_venv(), EchoTeacher(), **kwargs)
+        wrap(env if wrap is TeacherWrapper else make_venv(), EchoTeacher(), **kwargs)
+
+
+def test_labels_of_one_environment_cannot_be_skipped() -> None:
+    with pytest.raises(ValueError, match="on_failure='skip' is for VecTeacher"):
+        TeacherWrapper(CountingEnv(), EchoTeacher(), on_failure="skip")
 
 
 def test_labels_of_a_teacher_with_a_memory_cannot_be_skipped() -> None:
-    teacher = EchoTeacher()
-    object.__setattr__(teacher.spec, "stateful", True)
+    teacher = with_memory(EchoTeacher())
     with pytest.raises(ValueError, match="on_failure='skip' would leave gaps in the memory of teacher 'echo'"):
         VecTeacher(make_venv(), teacher, on_failure="skip")
+
+
+def test_a_teacher_with_a_memory_is_asked_when_it_has_answered_about_the_step_before() -> None:
+    class Checking(EchoTeacher):
+        answer: Future[Labels] | None = None
+
+        def submit(self, query: Query) -> Future[Labels]:
+            assert self.answer is None or self.answer.done()
+            self.answer = super().submit(query)
+            return self.answer
+
+    def slow(query: Query) -> np.ndarray:
+        time.sleep(0.01)
+        return query.inputs["state"][:, 1:3]
+
+    venv = VecTeacher(make_venv(), with_memory(Checking(slow)))
+    venv.reset()
+    for _ in range(3):
+        act(venv)
+    venv.label()
+
+
+def test_the_time_of_labels_can_be_read_while_answers_come() -> None:
+    class Slow(deque):
+        """Lets the teacher's thread go on while it is read."""
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in super().__iter__():
+                time.sleep(0)
+                yield item
+
+    venv = VecTeacher(make_venv(), EchoTeacher())
+    venv._times = Slow(maxlen=20)
+    venv.reset()
+    act(venv)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: [act(venv) for _ in iter(done.is_set, True)])
+    thread.start()
+    try:
+        for _ in range(10):
+            assert venv.label_time is None or venv.label_time.batch == 2
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_teacher_wrapper_passes_check_env() -> None:
@@ -299,6 +281,55 @@ def test_teacher_wrapper_labels_the_observation_acted_on() -> None:
             obs, _ = env.reset()
 
 
+def drawn(env: TeacherWrapper, seed: int | None = None, n: int = 40) -> list[bool]:
+    """Which steps carry a label."""
+    env.set_label_fraction(0.5)
+    env.reset(seed=seed)
+    found = []
+    for _ in range(n):
+        found.append("teacher_action" in env.step(np.zeros(2, np.float32))[4])
+    return found
+
+
+@pytest.mark.parametrize("by", ["argument", "reset"])
+def test_wrapped_environments_draw_labels_of_their_own_and_runs_repeat(by: str) -> None:
+    def draw(seed: int) -> list[bool]:
+        env = TeacherWrapper(CountingEnv(length=99), EchoTeacher(), seed=seed if by == "argument" else None)
+        return drawn(env, seed if by == "reset" else None)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_wrapped_environments_without_a_seed_do_not_all_label_the_same_steps() -> None:
+    first, second = (TeacherWrapper(CountingEnv(length=99), EchoTeacher()) for _ in range(2))
+    assert drawn(first) != drawn(second)
+
+
+def test_label_and_step_of_a_wrapped_environment_are_one_question_to_a_teacher_with_a_memory() -> None:
+    teacher = with_memory(EchoTeacher())
+    env = TeacherWrapper(CountingEnv(), teacher)
+    env.set_label_fraction(0.0)
+    env.reset()
+    for _ in range(2):
+        answer = env.label()["action"]
+        info = env.step(np.zeros(2, np.float32))[4]
+        np.testing.assert_array_equal(info["teacher_action"], answer[0])
+    env.reset()
+    env.step(np.zeros(2, np.float32))  # is not asked about
+    env.label()
+    assert [bool(query.episode_starts[0]) for query in teacher.queries] == [True, False, True]
+
+
+def test_label_and_step_of_a_wrapped_environment_are_two_questions_to_any_other_teacher() -> None:
+    teacher = EchoTeacher()
+    env = TeacherWrapper(CountingEnv(), teacher)
+    env.reset()
+    env.label()
+    env.step(np.ones(2, np.float32))
+    assert [query.actions is None for query in teacher.queries] == [True, False]  # it may score the action
+
+
 def test_time_of_a_label_is_that_of_a_query_over_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(EchoTeacher):
         """Takes 8 s, then 4 s, then 2 s, on a clock of its own."""
@@ -311,7 +342,7 @@ def test_time_of_a_label_is_that_of_a_query_over_its_labels(monkeypatch: pytest.
             answer.set_result(self.label(query))
             return answer
 
-    monkeypatch.setattr(labels.time, "monotonic", lambda: Slow.clock)
+    monkeypatch.setattr(pending.time, "monotonic", lambda: Slow.clock)
     venv = VecTeacher(DummyVecEnv([CountingEnv] * 4), Slow())
     assert venv.label_time is None
     venv.reset()

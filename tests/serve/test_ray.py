@@ -21,6 +21,7 @@ import pytest
 import requests
 
 from rpd_sb3.contract.privileged import SIZE
+from rpd_sb3.labelling.pending import PendingLabels, RetryPolicy
 from rpd_sb3.serve import ray_engine
 from rpd_sb3.serve.__main__ import main
 from rpd_sb3.teachers import Labels, Query, TeacherError
@@ -120,10 +121,15 @@ def ray_service(teacher: str, *more: str, replicas: int = 2, **environment: str)
         process.communicate(timeout=PATIENCE)
 
 
-def ask(teacher: RemoteTeacher, n: int = 1, value: float = 0.0, start: bool = True) -> np.ndarray:
-    """(n, 2): the labels of n environments whose observations end with ``value``."""
+def ask(
+    teacher: RemoteTeacher, n: int = 1, value: float = 0.0, start: bool = True, patience: float = PATIENCE
+) -> np.ndarray:
+    """(n, 2): the labels of n environments whose observations end with ``value``; asked for again as in training."""
     states = np.full((n, 3), value, np.float32)
-    return teacher.submit(Query({"state": states}, np.arange(n), np.full(n, start))).result(PATIENCE)["action"]
+    query = Query({"state": states}, np.arange(n), np.full(n, start))
+    labels = PendingLabels(teacher, query, RetryPolicy("test", "raise", patience, patience), lambda found: found).get()
+    assert labels is not None
+    return labels["action"]
 
 
 def exists(pid: int) -> bool:
@@ -203,13 +209,13 @@ def test_killing_a_replica_loses_no_label_and_it_is_replaced() -> None:
 
 @pytest.mark.slow
 def test_replica_that_does_not_answer_any_more_is_replaced() -> None:
-    with ray_service("Quitting", replicas=1) as service, closing(RemoteTeacher([service.url], retries=99)) as teacher:
+    with ray_service("Quitting", replicas=1) as service, closing(RemoteTeacher([service.url])) as teacher:
         before = ask(teacher)[0, 1]
         with (
-            closing(RemoteTeacher([service.url], timeout=1, retries=0)) as other,
+            closing(RemoteTeacher([service.url], timeout=1)) as other,
             pytest.raises(TeacherError, match="teacher"),
         ):
-            ask(other, value=-1.0)
+            ask(other, value=-1.0, patience=1.0)
         assert ask(teacher)[0, 1] != before
 
 
@@ -247,7 +253,7 @@ def test_client_of_a_stateful_teacher_stays_at_one_replica_and_hears_of_its_deat
 
 @pytest.mark.slow
 def test_sigterm_answers_what_was_accepted_and_leaves_no_process() -> None:
-    with ray_service("Thinking", replicas=1) as service, closing(RemoteTeacher([service.url], retries=0)) as teacher:
+    with ray_service("Thinking", replicas=1) as service, closing(RemoteTeacher([service.url])) as teacher:
         query = Query({"state": np.ones((1, 3), np.float32)}, np.arange(1), np.ones(1, bool))
         answer = teacher.submit(query)
         time.sleep(0.5)  # it is in the teacher now, which takes a second

@@ -59,7 +59,7 @@ class Connection:
         :param message: the observation, packed
         :param timeout: seconds for all of it, connecting included
         :raises TeacherUnavailable: if there is no answer in time, or no connection
-        :raises TeacherError: if the server failed, wants another API key, or is no openpi server
+        :raises TeacherError: if the server failed, wants another API key, or is not an openpi server
         """
         return self._within(timeout, message)
 
@@ -75,21 +75,23 @@ class Connection:
             self._stack.close()
         if self._socket is not None:
             self._socket.close()
-        self._socket = self._websocket = None
+        self._websocket = None
+        self._socket = None
 
     def _within(self, timeout: float, message: bytes | None) -> Mapping[str, Any]:
         deadline = time.monotonic() + timeout
         try:
-            if self._websocket is None:
-                self._metadata = self._open(deadline)
-            return self._metadata if message is None else self._exchange(message, deadline)
+            if self._ended:
+                raise TeacherError("the teacher is closed")
+            websocket = self._open(deadline) if self._websocket is None else self._websocket
+            return self._metadata if message is None else self._exchange(websocket, message, deadline)
         except (OSError, WebSocketException, ProtocolError, TeacherError) as error:
             self.close()  # a late answer would be taken for the next one
             if self._ended:
                 raise TeacherError("the teacher is closed") from error
             raise self._explain(error, timeout) from error
 
-    def _open(self, deadline: float) -> Mapping[str, Any]:
+    def _open(self, deadline: float) -> ClientConnection:
         # Our own socket, so that end() can shut it while the library still waits for the server's greeting.
         self._socket = self._connect_socket(min(_left(deadline), TCP_PATIENCE))
         if self._ended:
@@ -107,7 +109,8 @@ class Connection:
                 ping_interval=None,
             )
         )
-        return self._receive(self._websocket, deadline)
+        self._metadata = self._receive(self._websocket, deadline)
+        return self._websocket
 
     def _connect_socket(self, patience: float) -> socket.socket:
         parts = urlsplit(self.url)
@@ -119,9 +122,7 @@ class Connection:
         connected.settimeout(None)
         return connected
 
-    def _exchange(self, message: bytes, deadline: float) -> Mapping[str, Any]:
-        websocket = self._websocket
-        assert websocket is not None, "asked before it was open"
+    def _exchange(self, websocket: ClientConnection, message: bytes, deadline: float) -> Mapping[str, Any]:
         # The library sends without a deadline, and a server that infers reads nothing.
         alarm = threading.Timer(_left(deadline), _shut, (self._socket,))
         alarm.daemon = True
@@ -164,7 +165,7 @@ class Connection:
         if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
             return TeacherUnavailable(f"{who} closed the connection")  # while it was opening: on its way down
         if isinstance(error, InvalidHandshake):
-            return TeacherError(f"{who} is no WebSocket server: {error}")
+            return TeacherError(f"{who} is not a WebSocket server: {error}")
         if isinstance(error, ConnectionClosed):
             codes = [close.code for close in (error.rcvd, error.sent) if close is not None]
             if TOO_BIG in codes:

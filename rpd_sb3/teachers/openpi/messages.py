@@ -41,14 +41,14 @@ def pack(message: Any) -> bytes:
 def unpack(data: bytes) -> Any:
     """The message that these bytes are; its arrays are views of the bytes, read only.
 
-    :raises ProtocolError: if they are no MessagePack, or hold an array that is not as it says
+    :raises ProtocolError: if they are not MessagePack, or hold an array that is not as it says
     """
     try:
         return msgpack.unpackb(data, object_hook=_decode)
     except ProtocolError:
         raise
-    except (msgpack.UnpackException, ValueError, TypeError) as error:
-        raise ProtocolError(f"no MessagePack: {error or type(error).__name__}") from error
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"not MessagePack: {error or type(error).__name__}") from error
 
 
 def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
@@ -85,13 +85,7 @@ def _decode(content: dict[Any, Any]) -> Any:
     if b"__ndarray__" in content:
         return _array(content.get(b"data"), _dtype(content), content.get(b"shape"))
     if b"__npgeneric__" in content:
-        dtype, value = _dtype(content), content.get(b"data")
-        if not isinstance(value, (bool, int, float)):
-            raise ProtocolError(f"a number of {dtype} must be a number, got {type(value).__name__}")
-        try:
-            return dtype.type(value)
-        except (OverflowError, ValueError) as error:
-            raise ProtocolError(f"{value} does not fit {dtype}") from error
+        return _dtype(content).type(content.get(b"data"))
     return content
 
 

@@ -1,4 +1,4 @@
-"""Policies behind openpi's WebSocket server as teachers: pi0, pi0.5, and whatever else speaks its protocol.
+"""Policies behind openpi's WebSocket server as teachers: pi0, pi0.5, and others that speak its protocol.
 
 Shape letters: N queries, A action dimensions, T actions of a chunk.
 """
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.contract.teacher import Labels, Query, TeacherError, TeacherSpec, TeacherUnavailable
-from rpd_sb3.teachers.openpi.chunks import Chunk, ChunkMemory, Step, gather
+from rpd_sb3.contract.teacher import TIMEOUT, Labels, Query, TeacherError, TeacherSpec, TeacherUnavailable
+from rpd_sb3.teachers.openpi.chunks import ChunkMemory, Step, gather
 from rpd_sb3.teachers.openpi.connection import Connection
 from rpd_sb3.teachers.openpi.messages import pack, resize_with_pad
 from rpd_sb3.wire.urls import OPENPI_API_KEY, openpi_url
@@ -29,13 +29,11 @@ INPUTS = {"observation/image": "images.human", "prompt": "instruction"}
 CLOSING = 2.0
 """Seconds that close() waits for its threads."""
 PAUSE = 0.5
-"""Seconds before the third attempt, and between looks at a server that does not listen yet."""
-MAX_PAUSE = 2.0
-"""Seconds before any attempt; the pauses double."""
+"""Seconds between looks at a server that does not listen yet."""
 
 
 class _Job(NamedTuple):
-    observation: dict[str, Any]
+    observation: dict[str, np.ndarray]
     answer: Future[np.ndarray]
     """(T, A)"""
 
@@ -43,9 +41,10 @@ class _Job(NamedTuple):
 class OpenPITeacher:
     """Asks a policy server of openpi what it would do.
 
-    A server answers one observation at a time on a connection, so a query is spread over several connections; on each,
-    attempts that may succeed later (no connection, no answer in time) are repeated. Actions come as the server gives
-    them, in the first ``action_dim`` dimensions; openpi's models pad theirs to 32.
+    A server answers one observation at a time on a connection, so a query is spread over several connections. There is one
+    attempt for each observation; a TeacherUnavailable (no connection, no answer in time) means that the same query may be
+    answered later. Actions come as the server gives them, in the first ``action_dim`` dimensions; openpi's models pad
+    theirs to 32.
 
     :param url: ``HOST:PORT``, or with ws://, wss://, http:// or https:// before it
     :param inputs: openpi's key to our input (``images.<camera>``, ``state``, ``instruction``); None: one image,
@@ -60,8 +59,7 @@ class OpenPITeacher:
     :param rotation_sign: as in :class:`TeacherSpec`
     :param n_connections: observations that are on their way at a time
     :param max_pending: queries at a time; :meth:`submit` waits for room beyond that
-    :param timeout: seconds for one attempt
-    :param retries: further attempts
+    :param timeout: seconds that the server has for the answer to one observation, connecting included
     :param ready_timeout: seconds to wait for a server that does not listen yet
     :param api_key: that the server wants; None: environment variable ``RPD_SB3_OPENPI_API_KEY``
     :raises ValueError: for an impossible argument
@@ -82,25 +80,30 @@ class OpenPITeacher:
         rotation_sign: int = 1,
         n_connections: int = 4,
         max_pending: int = 4,
-        timeout: float = 60.0,
-        retries: int = 3,
+        timeout: float = TIMEOUT,
         ready_timeout: float = 60.0,
         api_key: str | None = None,
     ) -> None:
         self.url = openpi_url(url)
         self._inputs = _check_inputs(INPUTS if inputs is None else inputs)
-        counts = {"action_dim": action_dim, "exec_horizon": exec_horizon, "n_connections": n_connections}
-        _check_counts(
-            {**counts, "max_pending": max_pending} | ({} if image_size is None else {"image_size": image_size})
-        )
-        if timeout <= 0 or retries < 0:
-            raise ValueError(f"timeout={timeout} must be positive, and retries={retries} at least 0")
+        _check_count("action_dim", action_dim)
+        _check_count("exec_horizon", exec_horizon)
+        _check_count("n_connections", n_connections)
+        _check_count("max_pending", max_pending)
+        if image_size is not None:
+            _check_count("image_size", image_size)
+        if not isinstance(timeout, (int, float)) or timeout <= 0:
+            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds")
         api_key = api_key or os.environ.get(OPENPI_API_KEY)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError(f"api_key, or {OPENPI_API_KEY}, must consist of printable ASCII characters")
-        self._image_size, self._action_dim, self._horizon = image_size, action_dim, exec_horizon
-        self._timeout, self._retries, self._max_pending = timeout, retries, max_pending
-        self._closing = threading.Event()
+        self._image_size = image_size
+        self._action_dim = action_dim
+        self._horizon = exec_horizon
+        self._timeout = timeout
+        self._max_pending = max_pending
+        self._closed = False
+        self._failing = False
         self._memory = ChunkMemory(exec_horizon)
         self._lock = threading.Lock()
         self._room = threading.Semaphore(max_pending)
@@ -133,28 +136,28 @@ class OpenPITeacher:
         whole: Future[Labels] = Future()
         whole.set_running_or_notify_cancel()
         try:
-            self._check_query(query)
-            if not self._room.acquire(timeout=self._timeout):
+            self._check_images(query)
+            if not self._room.acquire(timeout=0.0 if self._failing else self._timeout):
                 raise TeacherUnavailable(f"{self._who}: {self._max_pending} queries are not answered yet")
         except TeacherError as error:
             whole.set_exception(error)
             return whole
         whole.add_done_callback(lambda _: self._room.release())
         with self._lock:
-            if self._closing.is_set():
+            if self._closed:
                 whole.set_exception(TeacherError("the teacher is closed"))
                 return whole
             if self.spec.stateful:
                 steps = self._memory.plan(query, lambda row: self._ask(query, row), whole)
             else:
-                steps = [Step(Chunk(self._ask(query, row)), 0) for row in range(len(query.env_ids))]
+                steps = [Step(self._ask(query, row), 0) for row in range(len(query.env_ids))]
         gather(whole, steps)
         return whole
 
     def close(self) -> None:
         """Close the connections and end the threads; what is still on its way fails."""
         with self._lock:
-            self._closing.set()
+            self._closed = True
         for connection in self._connections:
             connection.end()
         for _ in self._threads:
@@ -182,27 +185,17 @@ class OpenPITeacher:
                 waiting = True
                 time.sleep(PAUSE)
 
-    def _check_query(self, query: Query) -> None:
-        if len(query.env_ids) == 0:
-            raise TeacherError(f"{self._who}: an empty query")
+    def _check_images(self, query: Query) -> None:
         for name in self.spec.inputs:
-            if name not in query.inputs:
-                raise TeacherError(f"{self._who}: the query has no {name!r}, only {sorted(query.inputs)}")
-            value = np.asarray(query.inputs[name])
-            if len(value) != len(query.env_ids):
-                raise TeacherError(f"{self._who}: {len(value)} rows of {name!r} for {len(query.env_ids)} environments")
-            if name.startswith("images.") and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
+            images = np.asarray(query.inputs[name])
+            if name.startswith("images.") and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
                 raise TeacherError(
-                    f"{self._who}: {name!r} must be uint8 of shape (N, H, W, 3), got {value.dtype} {value.shape}"
+                    f"{self._who}: {name!r} must be uint8 of shape (N, H, W, 3), got {images.dtype} {images.shape}"
                 )
 
     def _ask(self, query: Query, row: int) -> Future[np.ndarray]:
         """The chunk for one row, in line."""
-        observation: dict[str, Any] = {}
-        for key, name in self._inputs.items():
-            value = query.inputs[name][row]
-            observation[key] = str(value) if name == "instruction" else np.array(value)
-        job = _Job(observation, Future())
+        job = _Job({key: np.array(query.inputs[name][row]) for key, name in self._inputs.items()}, Future())
         self._jobs.put(job)
         return job.answer
 
@@ -211,35 +204,24 @@ class OpenPITeacher:
             if not job.answer.set_running_or_notify_cancel():
                 continue
             try:
-                chunk = self._answer(connection, job.observation)
+                message = pack({key: self._as_sent(key, value) for key, value in job.observation.items()})
+                chunk = self._check(connection.ask(message, self._timeout))
             except TeacherError as error:
+                self._failing = isinstance(error, TeacherUnavailable)
                 job.answer.set_exception(type(error)(str(error)))  # its traceback would keep the observation
             except Exception as error:  # this thread answers others too
                 job.answer.set_exception(TeacherError(f"{self._who} cannot be asked: {error!r}"))
             else:
+                self._failing = False
                 job.answer.set_result(chunk)
         connection.close()
 
-    def _answer(self, connection: Connection, observation: Mapping[str, Any]) -> np.ndarray:
-        """The chunk for one observation, (T, A)."""
-        message = pack({key: self._ready(key, value) for key, value in observation.items()})
-        for attempt in range(self._retries + 1):
-            if self._closing.is_set():
-                break
-            try:
-                return self._check(connection.ask(message, self._timeout))
-            except TeacherUnavailable as error:
-                if attempt == self._retries:
-                    tries = f" ({attempt + 1} attempts)" if attempt else ""
-                    raise TeacherUnavailable(f"{error}{tries}") from error
-                if attempt:  # the first time at once: the server may have closed what was idle
-                    self._closing.wait(min(PAUSE * 2 ** (attempt - 1), MAX_PAUSE))
-        raise TeacherError("the teacher is closed")
-
-    def _ready(self, key: str, value: Any) -> Any:
-        """A value as the server wants it."""
-        is_image = self._inputs[key].startswith("images.")
-        return resize_with_pad(value, self._image_size) if is_image and self._image_size else value
+    def _as_sent(self, key: str, value: np.ndarray) -> np.ndarray | str:
+        if self._inputs[key] == "instruction":
+            return str(value)
+        if self._image_size is not None and self._inputs[key].startswith("images."):
+            return resize_with_pad(value, self._image_size)
+        return value
 
     def _check(self, response: Mapping[str, Any]) -> np.ndarray:
         """The actions to execute, (T, A) float32.
@@ -260,11 +242,8 @@ class OpenPITeacher:
             raise TeacherError(
                 f"{self._who} plans {len(actions)} actions, fewer than exec_horizon={self._horizon}; choose fewer"
             )
-        with np.errstate(over="ignore"):
-            chunk = np.array(actions[: self._horizon, : self._action_dim], np.float32)
-        if not np.isfinite(chunk).all():
-            raise TeacherError(f"{self._who} gave actions that are not finite: {chunk[~np.isfinite(chunk)][:3]}")
-        return chunk
+        with np.errstate(over="ignore"):  # too large for a float32: not finite, which the asker checks
+            return np.array(actions[: self._horizon, : self._action_dim], np.float32)
 
 
 def _check_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
@@ -279,7 +258,6 @@ def _check_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
     return dict(inputs)
 
 
-def _check_counts(counts: Mapping[str, int]) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value} must be a whole number of at least 1")
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

@@ -1,11 +1,11 @@
-"""One server of a teacher service, as its client sees it: connections, retries, shared memory."""
+"""One server of a teacher service, as its client sees it: connections, load, shared memory."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rpd_sb3.contract.teacher import Labels, TeacherError, TeacherUnavailable
-from rpd_sb3.teachers.remote.connection import Connection, error_of, refusal
+from rpd_sb3.teachers.remote.http import PATIENCE, Connection, error_of, refusal
 from rpd_sb3.wire.messages import (
     HEADER_LENGTH,
     Message,
@@ -32,7 +32,12 @@ from rpd_sb3.wire.tensors import ProtocolError
 logger = logging.getLogger(__name__)
 WORTH_SHARING = 2**16
 """Bytes of a query below which shared memory saves nothing."""
-MAX_BACKOFF = 2.0
+DOWN = 1.0
+"""Seconds for which a replica that has failed is left alone, if there is another one."""
+MEMORY = 0.9
+"""Weight of the answers before in the measurement of a replica's speed, after each further answer."""
+STALE = 60.0
+"""Seconds without an answer after which the measurement says nothing about a replica any more."""
 CLOSING = 1.0
 """Seconds that the connections have for ending by themselves."""
 
@@ -46,9 +51,11 @@ class Piece:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], n: int, parameters: Mapping[str, Any]) -> None:
-        self.arrays, self.n, self.parameters = dict(arrays), n, dict(parameters)
+        self.arrays = dict(arrays)
+        self.n = n
+        self.parameters = dict(parameters)
         self.answer: Future[Labels] = Future()
-        self.failures = 0
+        self.tried: list[Replica] = []
         self.slot: Slot | None = None
         self.tensors: dict[str, SharedTensor] = {}
         self.generation = 0
@@ -79,11 +86,11 @@ class Replica:
     :param url: of the server, without a path
     :param model: name under which it serves the teacher
     :param token: to show to the server
-    :param timeout: seconds for one attempt
+    :param timeout: seconds for an answer
     :param n_connections: requests at a time
     :param max_pending: queries that are on their way or wait for a connection; :meth:`submit` waits beyond that
     :param shared_memory: True, False, or None: where it works
-    :param failed: says after a failure that may pass whether to ask here again; if not, the piece is in other hands
+    :param elsewhere: the replica that is to answer a piece that could not be answered here; None: there is none
     """
 
     def __init__(
@@ -96,20 +103,27 @@ class Replica:
         n_connections: int,
         max_pending: int,
         shared_memory: bool | None,
-        failed: Callable[[Piece, TeacherUnavailable], bool],
+        elsewhere: Callable[[Piece], Replica | None],
     ) -> None:
-        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self.url = url.rstrip("/")
+        self.model = model
+        self.timeout = timeout
         self.outstanding = 0
         """Rows that are not answered yet."""
         self.down_until = 0.0
         """Not asked before this time.monotonic() if another one can be."""
         self._token = token
-        self._failed, self._want_shared = failed, shared_memory
+        self._elsewhere = elsewhere
+        self._want_shared = shared_memory
         self._share = shared_memory is not False
+        self._failing = False
+        self._rows = 0.0
+        self._seconds = 0.0
+        self._last_answer = -math.inf
         self._ring: Ring | None = None
         self._n_slots = max_pending
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
+        self._lock = threading.Lock()  # of what answers change; nothing waits while it is held
+        self._making_ring = threading.Lock()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, faster than threading's
         self._queue: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         for _ in range(max_pending):
@@ -120,29 +134,43 @@ class Replica:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def has_room(self) -> bool:
+        """True if :meth:`submit` would not wait."""
+        return not self._room.empty()
+
+    @property
+    def rate(self) -> float | None:
+        """Rows per second of the last answers; None before the first one."""
+        with self._lock:
+            return self._rows / max(self._seconds, 1e-6) if self._rows else None
+
+    def is_stale(self, now: float) -> bool:
+        """True if nothing is known of how fast it is now, because it has not been asked for a while."""
+        return self.outstanding == 0 and now - self._last_answer > STALE
+
     def submit(self, piece: Piece) -> None:
         """Send a piece as soon as there is room; its arrays may be overwritten when this returns.
 
-        :raises TeacherUnavailable: if there is no room within the timeout
+        :raises TeacherUnavailable: if there is no room within the timeout, or none at once after a failure
         """
         try:
-            self._room.get(timeout=self.timeout)
+            self._room.get(timeout=0.0 if self._failing else self.timeout)
         except queue.Empty:
             raise TeacherUnavailable(f"teacher at {self.url}: {self._n_slots} queries are not answered yet") from None
-        with self._lock:
-            self.outstanding += piece.n
-        piece.answer.add_done_callback(lambda _: self._done(piece))
+        piece.answer.add_done_callback(lambda _: self._free(piece))
         if not self._into_shared_memory(piece):
             piece.arrays = {name: np.array(array) for name, array in piece.arrays.items()}
-        self._queue.put(piece)
+        self.send(piece)
 
-    def resubmit(self, piece: Piece) -> None:
-        """Send a piece that has been submitted before, here or to another server."""
+    def send(self, piece: Piece) -> None:
+        """Send a piece that has been submitted, here or to another replica."""
+        with self._lock:
+            self.outstanding += piece.n
         self._queue.put(piece)
 
     def close(self) -> None:
-        """End the connections; what is still on its way fails."""
-        self._closing.set()
+        """End the connections; what is still on its way may fail."""
         for _ in self._threads:
             self._queue.put(None)
         end = time.monotonic() + CLOSING
@@ -152,21 +180,14 @@ class Replica:
             self._unregister(self._ring)
         self._own.close()
 
-    def _done(self, piece: Piece) -> None:
-        with self._lock:
-            self.outstanding -= piece.n
+    def _free(self, piece: Piece) -> None:
+        """Give back what an answered piece has taken."""
         if piece.slot is not None:
             ring = piece.slot.ring
             ring.free.append(piece.slot)
             if ring is not self._ring and ring.idle:
                 self._unregister(ring)
         self._room.put(None)
-
-    def _drop(self, slot: Slot | None) -> None:
-        """Use the ring of this slot no more."""
-        with self._lock:
-            if slot is not None and slot.ring is self._ring:
-                self._ring = None
 
     def _unregister(self, ring: Ring) -> None:
         """Have the server forget a ring; one that is gone has forgotten it anyway."""
@@ -176,29 +197,49 @@ class Replica:
     def _work(self) -> None:
         connection = Connection(self.url, self._token)
         while (piece := self._queue.get()) is not None:
-            while self._attempt(connection, piece):  # in its turn: the next query of a memory must not overtake it
-                self._closing.wait(max(self.down_until - time.monotonic(), 0.0))
+            self._attempt(connection, piece)
         connection.close()
 
-    def _attempt(self, connection: Connection, piece: Piece) -> bool:
-        """Try once; True if this server is to be asked again after a pause."""
+    def _attempt(self, connection: Connection, piece: Piece) -> None:
+        """Ask once; a piece that may be answered elsewhere goes on to another replica."""
+        piece.tried.append(self)
+        sent = time.monotonic()
+        labels: Labels = {}
+        error: Exception | None = None
         try:
-            piece.answer.set_result(self._exchange(connection, piece))
-        except TeacherUnavailable as error:
-            piece.failures += 1
-            pause = max(error.retry_after, min(0.1 * 2**piece.failures, MAX_BACKOFF))
-            self.down_until = time.monotonic() + pause * random.uniform(0.75, 1.25)
-            return self._failed(piece, error)
-        except Exception as error:  # goes to whoever waits for the answer, not into a thread's traceback
+            labels = self._exchange(connection, piece)
+        except Exception as caught:  # it belongs to the answer, not into a thread's traceback
+            error = caught
+        now = time.monotonic()
+        with self._lock:
+            self.outstanding -= piece.n
+            if error is None:
+                self._failing = False
+                self.down_until = 0.0
+                # Pieces are answered one after the other, or together: the time since the answer before is this one's.
+                self._seconds = MEMORY * self._seconds + now - max(sent, self._last_answer)
+                self._rows = MEMORY * self._rows + piece.n
+                self._last_answer = now
+            elif isinstance(error, TeacherUnavailable):
+                self._failing = True
+                self.down_until = now + max(error.retry_after, DOWN)
+        other = self._elsewhere(piece) if isinstance(error, TeacherUnavailable) else None
+        if error is None:
+            piece.answer.set_result(labels)
+        elif other is None:
             piece.answer.set_exception(error)
-        return False
+        else:
+            logger.info("asking %s instead: %s", other.url, error)
+            other.send(piece)
 
     def _exchange(self, connection: Connection, piece: Piece) -> Labels:
         path = f"/v2/models/{self.model}/infer"
         shared = piece.slot is not None and piece.slot.ring is self._ring
         response = connection.post(path, *piece.message(shared), self.timeout)
         if response.status == 404 and shared and error_of(response.body)[1] == "UnknownRegion":
-            self._drop(piece.slot)  # the server was restarted; a new ring comes next
+            with self._lock:  # the server was restarted; a new ring comes next
+                if piece.slot is not None and piece.slot.ring is self._ring:
+                    self._ring = None
             response = connection.post(path, *piece.message(shared=False), self.timeout)
         if response.status != 200:
             raise refusal(self.url, response)
@@ -207,46 +248,51 @@ class Replica:
             labels = read_tensors(header, "outputs", binary)
         except ProtocolError as error:
             raise TeacherUnavailable(f"teacher at {self.url} sent an answer that cannot be read: {error}") from error
-        found = {name: value for name, value in labels.items() if isinstance(value, np.ndarray)}
-        for name, value in found.items():
-            if len(value) != piece.n:
-                raise TeacherError(f"teacher at {self.url} gave {len(value)} rows of {name!r} for {piece.n} queries")
-        return found
+        return {name: value for name, value in labels.items() if isinstance(value, np.ndarray)}
 
     def _into_shared_memory(self, piece: Piece) -> bool:
         if not self._share or (size := query_size(piece.arrays)) < WORTH_SHARING:
             return False
+        with self._making_ring:
+            if (self._ring is None or self._ring.slot_size < size) and not self._failing:
+                self._replace_ring(size)
         with self._lock:
-            if self._ring is None or self._ring.slot_size < size:
-                self._new_ring(size)
             ring = self._ring
-            if ring is None or not ring.free:
+            if ring is None or ring.slot_size < size or not ring.free:
                 return False
             piece.slot = ring.free.pop()
         piece.generation, piece.tensors, piece.arrays = piece.slot.write(piece.arrays)
         return True
 
-    def _new_ring(self, size: int) -> None:
+    def _replace_ring(self, size: int) -> None:
         """Slots for queries of this size; the old ring goes with its last query."""
-        if self._ring is not None and self._ring.idle:
-            self._unregister(self._ring)
-        self._ring = None
+        with self._lock:
+            old = self._ring
+            self._ring = None
+        if old is not None and old.idle:
+            self._unregister(old)
         try:
-            ring = Ring(self._n_slots, size)
-            try:
-                path = f"/v2/systemsharedmemory/region/{ring.name}/register"
-                body = json.dumps(region_parameters(ring.key, ring.region.byte_size)).encode()
-                response = self._own.post(path, body, {}, self.timeout)
-            finally:
-                unlink(ring.key)
-            if response.status != 200:
-                raise SharedMemoryError(error_of(response.body)[0])
+            ring = self._registered_ring(size)
         except TeacherUnavailable:
-            return  # not now; the query itself will tell why
+            self._failing = True  # no ring for now; the query itself will tell why
+            return
         except SharedMemoryError as error:
             if self._want_shared:
                 raise TeacherError(f"teacher at {self.url}: no shared memory: {error}") from error
             logger.info("teacher at %s: sending over HTTP, because %s", self.url, error)
             self._share = False
             return
-        self._ring = ring
+        with self._lock:
+            self._ring = ring
+
+    def _registered_ring(self, size: int) -> Ring:
+        ring = Ring(self._n_slots, size)
+        try:
+            path = f"/v2/systemsharedmemory/region/{ring.name}/register"
+            body = json.dumps(region_parameters(ring.key, ring.region.byte_size)).encode()
+            response = self._own.post(path, body, {}, PATIENCE)
+        finally:
+            unlink(ring.key)
+        if response.status != 200:
+            raise SharedMemoryError(error_of(response.body)[0])
+        return ring

@@ -1,7 +1,8 @@
-"""A teacher that lives in another process or on another machine."""
+"""A teacher in another process or on another machine."""
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 import time
@@ -13,24 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from rpd_sb3.contract.teacher import Labels, Query, TeacherError, TeacherUnavailable
-from rpd_sb3.teachers.remote.handshake import check_expected, handshake
+from rpd_sb3.contract.teacher import TIMEOUT, Labels, Query, TeacherError
+from rpd_sb3.teachers.remote.http import check_expected, handshake
 from rpd_sb3.teachers.remote.replica import Piece, Replica
 
 
 class RemoteTeacher:
     """Asks one teacher service, or several replicas of one.
 
-    A query is split over the replicas: a teacher with a memory always sees an environment at the same replica, any other
-    one where the fewest rows are waiting. Failures that may pass (no connection, no answer in time, 503) are tried again,
-    elsewhere if possible; the query of a teacher with a memory carries a number, so that the server answers a repeated
-    one from its cache.
+    A teacher with a memory always sees an environment at the same replica. The queries of any other teacher are split so
+    that all replicas finish at about the same time, by the rows that are waiting there and the speed of their last answers.
+
+    There is one attempt for each query; rows that a replica does not answer (no connection, no answer in time, 503) go on
+    to another one that does. A TeacherUnavailable means that the same query may be answered later. The query of a teacher
+    with a memory carries a number, so that the server answers a repeated one from its cache.
 
     :param urls: of the replicas, e.g. ``http://127.0.0.1:8000``
     :param name: of the model
     :param token: that the service wants; None: environment variable ``RPD_SB3_TOKEN``
-    :param timeout: seconds for one attempt
-    :param retries: further attempts
+    :param timeout: seconds that a replica has for an answer
     :param ready_timeout: seconds to wait for a service that is loading its teacher
     :param max_pending: queries at a time and replica; :meth:`submit` waits for room beyond that
     :param shared_memory: True, False, or None: where it works. Images of one machine's processes need no socket
@@ -45,15 +47,14 @@ class RemoteTeacher:
         *,
         name: str = "teacher",
         token: str | None = None,
-        timeout: float = 20.0,
-        retries: int = 3,
+        timeout: float = TIMEOUT,
         ready_timeout: float = 300.0,
         max_pending: int = 4,
         shared_memory: bool | None = None,
         expect: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_arguments(urls, timeout, retries, max_pending)
-        self._timeout, self._retries = timeout, retries
+        _check_arguments(urls, timeout, max_pending)
+        self._timeout = timeout
         self._client_id = uuid.uuid4().hex
         self._numbers = count()
         self._closed = False
@@ -70,7 +71,7 @@ class RemoteTeacher:
                 n_connections=1 if self.spec.stateful else max_pending,
                 max_pending=max_pending,
                 shared_memory=shared_memory if shares else False,
-                failed=self._try_again,
+                elsewhere=self._elsewhere,
             )
             for url in urls
         ]
@@ -97,7 +98,7 @@ class RemoteTeacher:
         for replica, rows in parts:
             mine = arrays if len(rows) == n else {name: array[rows] for name, array in arrays.items()}
             pieces.append((replica, rows, Piece(mine, len(rows), parameters)))
-        _gather(whole, [(rows, piece) for _, rows, piece in pieces], n)
+        _gather(whole, [(rows, piece) for _, rows, piece in pieces])
         for replica, _, piece in pieces:
             try:
                 replica.submit(piece)
@@ -118,21 +119,47 @@ class RemoteTeacher:
             return [(replica, rows) for i, replica in enumerate(replicas) if len(rows := np.flatnonzero(places == i))]
         now = time.monotonic()
         up = [replica for replica in replicas if replica.down_until < now] or replicas
-        free = sorted(up, key=lambda replica: replica.outstanding)
-        ends = [n * (i + 1) // len(free) for i in range(len(free))]
-        parts = zip(free, [0, *ends], ends)
-        return [(replica, np.arange(start, end)) for replica, start, end in parts if end > start]
+        up = [replica for replica in up if replica.has_room] or [min(up, key=lambda replica: replica.outstanding)]
+        counts = share(
+            n,
+            [replica.outstanding for replica in up],
+            [replica.rate for replica in up],
+            [replica.is_stale(now) for replica in up],
+        )
+        ends = np.cumsum(counts)
+        return [(replica, np.arange(end - k, end)) for replica, k, end in zip(up, counts, ends) if k]
 
-    def _try_again(self, piece: Piece, error: TeacherUnavailable) -> bool:
-        """After a failure that may pass: True to ask the same replica again; else it is given up, or another's."""
-        if self._closed or piece.failures > self._retries:
-            tries = f" ({piece.failures} attempts)" if piece.failures > 1 else ""
-            piece.answer.set_exception(TeacherUnavailable(f"{error}{tries}"))
-            return False
-        others = [] if self.spec.stateful else [r for r in self.replicas if r.down_until < time.monotonic()]
-        if others:
-            min(others, key=lambda replica: replica.outstanding).resubmit(piece)
-        return not others
+    def _elsewhere(self, piece: Piece) -> Replica | None:
+        """The replica that answers a piece after others have failed; None if there is none."""
+        if self._closed or self.spec.stateful:
+            return None
+        now = time.monotonic()
+        others = [replica for replica in self.replicas if replica not in piece.tried and replica.down_until < now]
+        return min(others, key=lambda replica: replica.outstanding, default=None)
+
+
+def share(n: int, waiting: Sequence[int], rates: Sequence[float | None], stale: Sequence[bool]) -> list[int]:
+    """How many of n rows each replica gets, so that all finish at about the same time.
+
+    :param n: rows
+    :param waiting: rows that each replica has still to answer
+    :param rates: rows per second; None: not measured, so as fast as the others
+    :param stale: True where the rate was measured long ago: such a replica gets one row, to measure it anew
+    """
+    known = [rate for rate in rates if rate is not None]
+    mean = sum(known) / len(known) if known else 1.0
+    speeds = [mean if rate is None else rate for rate in rates]
+    counts = [0] * len(waiting)
+    for i in [i for i, old in enumerate(stale) if old and rates[i] is not None][:n]:
+        counts[i] = 1
+    # Each row goes where it is answered first.
+    ends = [((waiting[i] + counts[i] + 1) / speeds[i], i) for i in range(len(waiting))]
+    heapq.heapify(ends)
+    for _ in range(n - sum(counts)):
+        _, i = ends[0]
+        counts[i] += 1
+        heapq.heapreplace(ends, ((waiting[i] + counts[i] + 1) / speeds[i], i))
+    return counts
 
 
 def _arrays(query: Query) -> dict[str, np.ndarray]:
@@ -146,7 +173,7 @@ def _arrays(query: Query) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in arrays.items()}
 
 
-def _gather(whole: Future[Labels], parts: Sequence[tuple[np.ndarray, Piece]], n: int) -> None:
+def _gather(whole: Future[Labels], parts: Sequence[tuple[np.ndarray, Piece]]) -> None:
     """Resolve ``whole`` when all parts are answered, rows in the order of the query."""
     left = [len(parts)]
     lock = threading.Lock()
@@ -164,13 +191,16 @@ def _gather(whole: Future[Labels], parts: Sequence[tuple[np.ndarray, Piece]], n:
         if len(parts) == 1:
             whole.set_result(answers[0])
             return
-        order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+        places = [rows for rows, _ in parts]
+        order = np.argsort(np.concatenate(places))
         try:
+            for rows, answer in zip(places, answers):
+                if any(len(value) != len(rows) for value in answer.values()):
+                    raise ValueError(f"not {len(rows)} rows for {len(rows)} queries")
             labels = {name: np.concatenate([answer[name] for answer in answers])[order] for name in answers[0]}
-        except (KeyError, ValueError) as error:
-            whole.set_exception(
-                TeacherError(f"the replicas of the teacher gave answers that do not fit together: {error}")
-            )
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"the replicas of the teacher gave answers that do not fit together: {error}"
+            whole.set_exception(TeacherError(reason))
         else:
             whole.set_result(labels)
 
@@ -178,13 +208,13 @@ def _gather(whole: Future[Labels], parts: Sequence[tuple[np.ndarray, Piece]], n:
         piece.answer.add_done_callback(arrived)
 
 
-def _check_arguments(urls: Sequence[str], timeout: float, retries: int, max_pending: int) -> None:
+def _check_arguments(urls: Sequence[str], timeout: float, max_pending: int) -> None:
     for url in urls:
         if not url.startswith(("http://", "https://")) or not url.partition("://")[2]:
-            raise ValueError(f"teacher {url!r} is no URL; expected e.g. http://127.0.0.1:8000")
+            raise ValueError(f"teacher {url!r} is not a URL; expected e.g. http://127.0.0.1:8000")
     if len(set(urls)) != len(urls):
         raise ValueError(f"teacher {','.join(urls)!r} names the same replica twice")
-    if timeout <= 0 or retries < 0 or max_pending < 1:
-        raise ValueError(
-            f"timeout={timeout} must be positive, retries={retries} at least 0 and max_pending={max_pending} at least 1"
-        )
+    if not isinstance(timeout, (int, float)) or timeout <= 0:
+        raise ValueError(f"timeout={timeout!r} must be a positive number of seconds")
+    if not isinstance(max_pending, int) or max_pending < 1:
+        raise ValueError(f"max_pending={max_pending!r} must be a whole number of at least 1")

@@ -114,15 +114,17 @@ def test_queries_overlap(closing: ExitStack) -> None:
     assert time.monotonic() - start < 0.3
 
 
-def test_too_many_queries_wait_for_room(closing: ExitStack) -> None:
+def test_too_many_queries_wait_for_room_while_the_server_answers(closing: ExitStack) -> None:
     go = threading.Event()
-    _, teacher = connected(closing, lambda o: go.wait(5) and plan(o), max_pending=2, timeout=0.3, retries=30)
+    _, teacher = connected(closing, lambda o: go.wait(5) and plan(o), max_pending=2)
     first = [teacher.submit(query([i])) for i in range(2)]
+    teacher._failing = True
     with pytest.raises(TeacherUnavailable, match="2 queries are not answered yet"):
         teacher.submit(query([2])).result(0)
-    go.set()
-    assert [future.result(5)["action"][0, 0] for future in first] == [0, 1]
+    teacher._failing = False
+    threading.Timer(0.1, go.set).start()
     assert ask(teacher, [3]) == [[3, 0]]
+    assert [future.result(5)["action"][0, 0] for future in first] == [0, 1]
 
 
 def test_the_query_may_be_overwritten_at_once(closing: ExitStack) -> None:
@@ -222,14 +224,35 @@ def test_a_repeated_query_gets_the_steps_that_it_had(closing: ExitStack) -> None
 
     server, teacher = connected(closing, infer, exec_horizon=3)
     ask(teacher, [0], number=0)
-    with pytest.raises(TeacherError, match="KeyError"):
-        ask(teacher, [1, 11], number=1)  # environment 0 has a plan, 1 fails
-    with pytest.raises(TeacherError, match="KeyError"):
-        ask(teacher, [2, 12], number=2)
+    for _ in range(2):
+        with pytest.raises(TeacherError, match="KeyError"):
+            ask(teacher, [1, 11], number=1)  # environment 0 has a plan, 1 fails
     broken[0] = False
     assert ask(teacher, [1, 11], number=1) == [[0, 1], [11, 0]]
-    assert ask(teacher, [2, 12], number=2) == [[0, 2], [12, 0]]
-    assert ask(teacher, [3, 13], number=3) == [[3, 0], [12, 1]]
+    assert ask(teacher, [2, 12], number=2) == [[0, 2], [11, 1]]
+    assert ask(teacher, [3, 13], number=3) == [[3, 0], [11, 2]]
+
+
+def test_an_environment_goes_on_with_its_chunk_when_an_answer_was_lost(closing: ExitStack) -> None:
+    holder: list[OpenPIServer] = []
+
+    def infer(observation: dict[str, Any]) -> Any:
+        if len(holder[0].observations) in (1, 4):
+            holder[0].drop()
+        return later(0.02, plan)(observation)
+
+    server, teacher = connected(closing, infer, action_dim=1, exec_horizon=2, n_connections=1)
+    holder.append(server)
+    venv = VecTeacher(DummyVecEnv([lambda: TinyEnv(length=9)]), teacher)
+    venv.seed(0)
+    obs = [venv.reset()[0, 0]]
+    labels = []
+    for _ in range(6):
+        after, _, _, (info,) = venv.step(np.full((1, 1), 0.1, np.float32))
+        obs.append(after[0, 0])
+        labels.append(info["teacher_action"])
+    np.testing.assert_allclose(np.array(labels)[:, 0], np.repeat(obs[:6:2], 2), atol=1e-6)
+    assert len(server.observations) == 5  # three chunks, two of them asked for twice
 
 
 def test_numbers_may_start_again(closing: ExitStack) -> None:
@@ -242,13 +265,22 @@ def test_numbers_may_start_again(closing: ExitStack) -> None:
 
 
 def test_no_answer_in_time_may_pass(closing: ExitStack) -> None:
-    _, teacher = connected(closing, later(2.0, plan), timeout=0.1, retries=1)
+    server, teacher = connected(closing, later(2.0, plan), timeout=0.1)
     start = time.monotonic()
-    with pytest.raises(
-        TeacherUnavailable, match=r"^openpi server at ws://\S+ gave no answer within 0.1 s \(2 attempts\)$"
-    ):
+    with pytest.raises(TeacherUnavailable, match=r"^openpi server at ws://\S+ gave no answer within 0.1 s$"):
         ask(teacher, [1])
     assert time.monotonic() - start < 1
+    assert len(server.observations) == 1
+
+
+def test_a_server_that_hangs_holds_submit_up_once(closing: ExitStack) -> None:
+    _, teacher = connected(closing, later(9.0, plan), timeout=0.3, max_pending=2, n_connections=1)
+    start = time.monotonic()
+    answers = [teacher.submit(query([1])) for _ in range(20)]
+    assert time.monotonic() - start < 2.0  # 9 x 0.3 s if each waited for room
+    for answer in answers:
+        with pytest.raises(TeacherUnavailable):
+            answer.result(5)
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one(closing: ExitStack) -> None:
@@ -256,7 +288,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one(closing: ExitStack) -> None
         slow = observation["observation/state"][0] == 1
         return later(0.3 if slow else 0.0, plan)(observation)
 
-    _, teacher = connected(closing, infer, timeout=0.1, retries=0, n_connections=1)
+    _, teacher = connected(closing, infer, timeout=0.1, n_connections=1)
     with pytest.raises(TeacherUnavailable, match="no answer"):
         ask(teacher, [1])
     time.sleep(0.25)
@@ -266,7 +298,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one(closing: ExitStack) -> None
 def test_a_server_that_reads_nothing_is_given_up(closing: ExitStack) -> None:
     go = threading.Event()
     answer = {"actions": np.zeros((1, 2))}
-    options = {"image_size": None, "timeout": 0.3, "retries": 0, "n_connections": 2}
+    options = {"image_size": None, "timeout": 0.3, "n_connections": 2}
     server, teacher = connected(closing, later(0.05, lambda _: dict(answer)), inputs={"image": "images.a"}, **options)
     closing.callback(go.set)
 
@@ -282,38 +314,35 @@ def test_a_server_that_reads_nothing_is_given_up(closing: ExitStack) -> None:
     start = time.monotonic()
     with pytest.raises(TeacherUnavailable, match="no answer within 0.3 s"):
         show(1, 4000).result(5)  # more than the sockets' buffers
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 2
 
 
-def test_a_dropped_connection_is_opened_again(closing: ExitStack) -> None:
-    server, teacher = connected(closing, n_connections=1)
-    ask(teacher, [1])
-    server.drop()
-    wait_for(lambda: not server.connections)
-    assert ask(teacher, [2]) == [[2, 0]]
-    assert server.n_connections == 2
-
-
-def test_a_connection_that_drops_while_it_answers_is_asked_again(closing: ExitStack) -> None:
-    holder: list[OpenPIServer] = []
-
+@pytest.mark.parametrize("when", ["idle", "answering"])
+def test_a_connection_that_drops_is_opened_again_for_the_next_attempt(when: str, closing: ExitStack) -> None:
     def infer(observation: dict[str, Any]) -> Any:
-        if len(holder[0].observations) == 1:
-            holder[0].drop()
+        if when == "answering" and len(server.observations) == 2:
+            server.drop()
         return later(0.02, plan)(observation)
 
-    server, teacher = connected(closing, infer)
-    holder.append(server)
-    assert ask(teacher, [4]) == [[4, 0]]
-    assert len(server.observations) == 2
+    server, teacher = connected(closing, infer, n_connections=1)
+    ask(teacher, [1])
+    if when == "idle":
+        server.drop()
+        wait_for(lambda: not server.connections)
+    with pytest.raises(TeacherUnavailable, match="closed the connection"):
+        ask(teacher, [2])
+    assert ask(teacher, [2]) == [[2, 0]]
+    assert server.n_connections == 2
 
 
 def test_a_server_may_come_back(closing: ExitStack) -> None:
     port = free_port()
     with openpi_server(plan, port=port):
-        teacher = OpenPITeacher(f"127.0.0.1:{port}", inputs=STATE, action_dim=2, retries=1)
+        teacher = OpenPITeacher(f"127.0.0.1:{port}", inputs=STATE, action_dim=2)
     closing.callback(teacher.close)
-    with pytest.raises(TeacherUnavailable, match=r"refused \(2 attempts\)"):
+    with pytest.raises(TeacherUnavailable, match="closed the connection|refused"):
+        ask(teacher, [1])
+    with pytest.raises(TeacherUnavailable, match="refused"):
         ask(teacher, [1])
     with openpi_server(plan, port=port):
         assert ask(teacher, [2]) == [[2, 0]]
@@ -352,9 +381,7 @@ def test_one_failed_row_gives_up_those_in_line(closing: ExitStack) -> None:
         ({"actions": np.zeros(7)}, r"actions of shape \(7,\)"),
         ({"actions": np.zeros((2, 7), bool)}, "and bool"),
         ({"actions": np.zeros((1, 7))}, "plans 1 actions, fewer than exec_horizon=2; choose fewer"),
-        ({"actions": np.full((5, 7), np.nan)}, r"actions that are not finite: \[nan nan nan\]"),
-        ({"actions": np.full((5, 7), 1e300)}, "not finite"),
-        (Raw(b"\xc1"), "sent what cannot be read: no MessagePack"),
+        (Raw(b"\xc1"), "sent what cannot be read: not MessagePack"),
         (Raw(server_pack([1])), "sent list, expected a map"),
         (Raw(server_pack({"actions": np.array([["a"]])})), "arrays of dtype '<U1' are not read"),
         (Raw(bytes(2**26 + 1)), "a message is too big, its own may have 67108864 bytes"),
@@ -372,11 +399,8 @@ def test_bad_answers_are_one_sentence(answer: Any, message: str, closing: ExitSt
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Query({}, np.arange(1), np.ones(1, bool)), r"the query has no 'images.a', only \[\]"),
-        (Query({"images.a": np.zeros((2, 4, 4, 3), np.uint8)}, np.arange(1), np.ones(1, bool)), "2 rows of 'images.a'"),
         (Query({"images.a": np.zeros((1, 4, 4, 3))}, np.arange(1), np.ones(1, bool)), "must be uint8 of shape"),
         (Query({"images.a": np.zeros((1, 3, 4, 4), np.uint8)}, np.arange(1), np.ones(1, bool)), r"\(1, 3, 4, 4\)"),
-        (query([]), "an empty query"),
     ],
 )
 def test_bad_questions_are_one_sentence(asked: Query, message: str, closing: ExitStack) -> None:
@@ -455,7 +479,7 @@ def test_another_server_is_no_openpi_server() -> None:
 def test_close_fails_what_waits_and_ends_the_threads(closing: ExitStack) -> None:
     server = closing.enter_context(openpi_server(later(5.0, plan)))
     running = threading.active_count()
-    teacher = OpenPITeacher(server.url, inputs=STATE, action_dim=2, n_connections=2, retries=0)
+    teacher = OpenPITeacher(server.url, inputs=STATE, action_dim=2, n_connections=2)
     future = teacher.submit(query(range(5)))
     wait_for(lambda: len(server.observations) == 2)
     start = time.monotonic()
@@ -478,7 +502,7 @@ def test_close_fails_what_waits_and_ends_the_threads(closing: ExitStack) -> None
         ({"exec_horizon": 1.5}, "exec_horizon=1.5 must be a whole number"),
         ({"image_size": -1}, "image_size=-1 must be"),
         ({"n_connections": 0}, "n_connections=0 must be"),
-        ({"timeout": 0}, "timeout=0 must be positive"),
+        ({"timeout": 0}, "timeout=0 must be a positive number"),
         ({"api_key": "a\nb"}, "api_key, or RPD_SB3_OPENPI_API_KEY, must consist of printable ASCII"),
         ({"action_dims": 7}, "has no argument 'action_dims' .*did you mean 'action_dim'"),
     ],
@@ -548,12 +572,12 @@ def number(data: Any, dtype: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no MessagePack"),
-        (pack({})[:0] + b"\x81\xa1a", "no MessagePack"),
-        (pack(1) + b"\x00", "no MessagePack"),
-        (b"\x91" * 5000, "no MessagePack"),
-        (b"\xa1\xff", "no MessagePack"),
-        (b"\x81\x01\x02", "no MessagePack"),
+        (b"", "not MessagePack"),
+        (pack({})[:0] + b"\x81\xa1a", "not MessagePack"),
+        (pack(1) + b"\x00", "not MessagePack"),
+        (b"\x91" * 5000, "not MessagePack"),
+        (b"\xa1\xff", "not MessagePack"),
+        (b"\x81\x01\x02", "not MessagePack"),
         (array(dtype="|O"), r"arrays of dtype '\|O' are not read"),
         (array(dtype="O"), "arrays of dtype 'O' are not read"),
         (array(dtype="<c8"), "'<c8' are not read"),
@@ -573,8 +597,7 @@ def number(data: Any, dtype: str) -> bytes:
         (array(b"", shape=(0, 2**62, 4)), "too large"),
         (array("text"), "str for an array"),
         (array(b"\x02", "|b1", (1,)), "a boolean must be 0 or 1"),
-        (number("1", "<f4"), "must be a number, got str"),
-        (number(1000, "|u1"), "1000 does not fit uint8"),
+        (number(1000, "|u1"), "not MessagePack"),
         (number(1, "|O"), "are not read"),
     ],
     ids=str,

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
 
+from rpd_sb3.contract.teacher import TIMEOUT
+from rpd_sb3.labelling import TeacherWrapper, VecTeacher
 from rpd_sb3.teachers import Labels, Query, TeacherError, TeacherUnavailable, make_teacher
-from rpd_sb3.teachers.remote.teacher import RemoteTeacher
+from rpd_sb3.teachers.openpi.teacher import OpenPITeacher
+from rpd_sb3.teachers.remote import replica as replica_module
+from rpd_sb3.teachers.remote.replica import Piece
+from rpd_sb3.teachers.remote.teacher import RemoteTeacher, _gather, share
 from rpd_sb3.wire import spec as spec_module
 from tests.support.faulty_proxy import faulty
-from tests.support.helpers import ACTION_SPACE, EchoTeacher
+from tests.support.helpers import ACTION_SPACE, CountingEnv, EchoTeacher
 from tests.support.serving_helpers import free_port, serving, states, wait_for
 
 IMAGE = (64, 64, 3)
@@ -157,33 +166,58 @@ def test_submit_returns_before_the_answer_and_waits_only_when_too_many_are_pendi
         remote.close()
 
 
-@pytest.mark.parametrize("fault", ["reset", "truncate", "garbage", "overflow", "bad gateway"])
-def test_failure_that_passes_costs_no_label(fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("reset", "reset by peer"),
+        ("truncate", "more expected"),
+        ("garbage", "cannot be read"),
+        ("overflow", "503: the queue is full"),
+        ("bad gateway", "502: oops"),
+        ("hang", "no answer in time"),
+        ("trickle", "still answering after 0.3 s"),
+    ],
+)
+def test_failure_that_may_pass_is_raised_after_one_attempt(fault: str, message: str) -> None:
+    with serving() as service, faulty(service.url) as proxy:
+        remote = RemoteTeacher([proxy.url], timeout=0.3 if fault in ("hang", "trickle") else 5.0)
+        proxy.faults = [fault]
+        with pytest.raises(TeacherUnavailable, match=message):
+            remote.submit(ask()).result(10)
+        assert proxy.n_infer == 1
+        check(remote.submit(ask()).result(10))
+        remote.close()
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "wait"])
+def test_failure_that_passes_costs_no_label(on_failure: str) -> None:
     with serving() as service, faulty(service.url) as proxy:
         remote = RemoteTeacher([proxy.url])
-        proxy.faults = [fault, fault]
-        check(remote.submit(ask()).result(10))
-        assert proxy.n_infer == 3
+        venv = VecTeacher(DummyVecEnv([CountingEnv] * 2), remote, on_failure=on_failure)
+        obs = venv.reset()
+        proxy.faults = ["reset", "overflow", "truncate"]
+        infos = venv.step(np.zeros((2, 2), np.float32))[3]
+        np.testing.assert_array_equal([np.asarray(info["teacher_action"]) for info in infos], obs[:, 1:3])
+        assert proxy.n_infer == 4
         remote.close()
 
 
-@pytest.mark.parametrize("fault", ["hang", "trickle"])
-def test_answer_that_takes_too_long_is_asked_for_again(fault: str) -> None:
+def test_a_service_that_hangs_holds_submit_up_once() -> None:
     with serving() as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url], timeout=0.3)
-        proxy.faults = [fault]
-        check(remote.submit(ask()).result(10))
+        remote = RemoteTeacher([proxy.url], timeout=0.5, max_pending=2)
+        proxy.faults = ["hang"] * 99
+        start = time.monotonic()
+        answers = [remote.submit(ask()) for _ in range(20)]
+        assert time.monotonic() - start < 2.0  # 9 x 0.5 s if each waited for room
+        for answer in answers:
+            with pytest.raises(TeacherUnavailable):
+                answer.result(10)
         remote.close()
 
 
-def test_failure_that_stays_is_an_error_with_its_reason() -> None:
-    with serving() as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url], retries=1)
-        proxy.faults = ["overflow"] * 9
-        with pytest.raises(TeacherUnavailable, match=r"503: the queue is full \(2 attempts\)"):
-            remote.submit(ask()).result(10)
-        assert proxy.n_infer == 2
-        remote.close()
+def test_clients_give_an_answer_the_time_that_vec_teacher_gives_it() -> None:
+    clients = [RemoteTeacher, OpenPITeacher, TeacherWrapper, VecTeacher]
+    assert {inspect.signature(client).parameters["timeout"].default for client in clients} == {TIMEOUT}
 
 
 def test_error_of_the_teacher_arrives_with_its_text_and_is_not_repeated() -> None:
@@ -200,14 +234,6 @@ def test_error_of_the_teacher_arrives_with_its_text_and_is_not_repeated() -> Non
         ):
             remote.submit(ask()).result(10)
         assert len(calls) == 1
-        remote.close()
-
-
-def test_nan_is_an_error_that_names_the_row() -> None:
-    with serving(lambda: EchoTeacher(lambda query: np.array([[0, 0], [0, np.nan]]))) as service:
-        remote = RemoteTeacher([service.url])
-        with pytest.raises(TeacherError, match="'action' for row 1 is not finite"):
-            remote.submit(ask(2)).result(10)
         remote.close()
 
 
@@ -234,27 +260,136 @@ def test_replica_that_dies_costs_no_label() -> None:
         proxy.faults = ["reset"] * 99
         for _ in range(3):
             check(remote.submit(ask(6)).result(10), 6)
-        assert proxy.n_infer < 6, "a replica that failed is left alone for a while"
+        assert proxy.n_infer < 3, "a replica that failed is left alone for a while"
+        assert [replica.outstanding for replica in remote.replicas] == [0, 0]
         remote.close()
+
+
+def test_rows_that_no_replica_answers_are_an_error_after_one_attempt_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "DOWN", 0.0)  # as if each attempt took longer than that
+    with serving() as service, faulty(service.url) as first, faulty(service.url) as second:
+        remote = RemoteTeacher([first.url, second.url])
+        first.faults = ["reset"] * 9
+        second.faults = ["reset"] * 9
+        with pytest.raises(TeacherUnavailable, match="reset by peer"):
+            remote.submit(ask(1)).result(10)
+        assert (first.n_infer, second.n_infer) == (1, 1)
+        remote.close()
+
+
+@pytest.mark.parametrize(
+    ("n", "waiting", "rates", "expected"),
+    [
+        (7, [0, 0], [None, None], [4, 3]),
+        (1, [1, 0], [None, None], [0, 1]),
+        (8, [4, 0], [10.0, 10.0], [2, 6]),  # both have 6 then
+        (12, [0, 0], [20.0, 10.0], [8, 4]),
+        (12, [0, 0, 0], [20.0, 10.0, None], [6, 2, 4]),  # 15 rows per second where it is not known
+        (64, [0, 0], [1000.0, 1.0], [64, 0]),
+        (4, [100, 0], [10.0, 1.0], [0, 4]),  # 4 s, not 10.4 s
+        (12, [6, 0], [20.0, 10.0], [6, 6]),
+    ],
+)
+def test_rows_are_shared_so_that_all_replicas_finish_together(
+    n: int, waiting: list[int], rates: list[float | None], expected: list[int]
+) -> None:
+    assert share(n, waiting, rates, [False] * len(waiting)) == expected
+
+
+def test_a_replica_that_has_not_answered_for_long_gets_one_row() -> None:
+    assert share(10, [0, 0], [1000.0, 1.0], [True, True]) == [9, 1]
+    assert share(1, [0, 0], [1000.0, 1.0], [False, True]) == [0, 1]
+    assert share(4, [0, 0], [None, None], [True, True]) == [2, 2]  # the first query
+
+
+def test_a_slow_replica_does_not_set_the_pace() -> None:
+    def slow(query: Query) -> np.ndarray:
+        time.sleep(0.02 * len(query.env_ids))
+        return query.inputs["state"][:, 1:3]
+
+    with serving() as fast, serving(lambda: EchoTeacher(slow)) as service:
+        remote = RemoteTeacher([fast.url, service.url])
+        check(remote.submit(ask(10)).result(10), 10)  # 5 rows each: it is not known yet
+        before = service.engine.metrics.statistics()["inference_count"]
+        start = time.monotonic()
+        for _ in range(10):
+            check(remote.submit(ask(50)).result(10), 50)
+        assert time.monotonic() - start < 2.5  # 5 s if it had half of the rows
+        assert service.engine.metrics.statistics()["inference_count"] - before < 125
+        remote.close()
+
+
+def test_a_replica_without_room_gets_nothing_while_another_has_some() -> None:
+    go = threading.Event()
+    with serving() as first, serving(lambda: EchoTeacher(lambda q: (go.wait(10), np.zeros((1, 2)))[1])) as second:
+        remote = RemoteTeacher([first.url, second.url], max_pending=1)
+        waiting = remote.submit(ask(2))
+        start = time.monotonic()
+        for _ in range(5):
+            check(remote.submit(ask(2)).result(5), 2)
+        assert time.monotonic() - start < 5.0
+        go.set()
+        waiting.result(10)
+        remote.close()
+
+
+def test_answers_of_replicas_that_do_not_fit_together_are_an_error() -> None:
+    whole: Future[Labels] = Future()
+    pieces = [Piece({}, 2, {}) for _ in range(2)]
+    _gather(whole, [(np.arange(2), pieces[0]), (np.arange(2, 4), pieces[1])])
+    pieces[0].answer.set_result({"action": np.zeros((3, 2))})
+    pieces[1].answer.set_result({"action": np.zeros((1, 2))})
+    with pytest.raises(TeacherError, match="do not fit together: not 2 rows for 2 queries"):
+        whole.result(0)
 
 
 def test_memory_of_a_teacher_advances_once_however_often_the_answer_is_lost() -> None:
     with serving(CountingTeacher) as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url], timeout=1.0)
+        remote = RemoteTeacher([proxy.url])
+        venv = VecTeacher(DummyVecEnv([lambda: CountingEnv(length=99)] * 2), remote)
+        venv.reset()
+        infos = []
         for step in range(6):
             proxy.faults = ["truncate"] * (step % 2) + ["reset"] * (step % 3)
-            labels = remote.submit(ask(2, number=step, start=step == 0)).result(10)
-            np.testing.assert_array_equal(labels["action"][:, 0], step + 1)
+            infos.append(venv.step(np.zeros((2, 2), np.float32))[3][0])
+        counts = [float(np.asarray(info["teacher_action"])[0]) for info in infos]
+        assert counts == [1, 2, 3, 4, 5, 6]
         remote.close()
 
 
-def test_queries_of_a_memory_stay_in_order_when_an_earlier_one_has_to_be_repeated() -> None:
-    with serving(CountingTeacher) as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url])
-        proxy.faults = ["reset", "overflow"]
+def test_queries_of_a_memory_arrive_in_order() -> None:
+    with serving(CountingTeacher) as service:
+        remote = RemoteTeacher([service.url])
         answers = [remote.submit(ask(2, start=step == 0)) for step in range(4)]
         for step, answer in enumerate(answers):
             np.testing.assert_array_equal(answer.result(10)["action"][:, 0], step + 1)
+        remote.close()
+
+
+def test_answers_arrive_while_shared_memory_is_being_registered() -> None:
+    entered, go = threading.Event(), threading.Event()
+    with serving(ImageTeacher) as service:
+        remote = RemoteTeacher([service.url], shared_memory=True)
+        replica = remote.replicas[0]
+        post = replica._own.post
+
+        def hang(path: str, *args: Any) -> Any:
+            entered.set()
+            go.wait(10)
+            return post(path, *args)
+
+        replica._own.post = hang  # type: ignore[method-assign]
+        large = threading.Thread(target=lambda: remote.submit(image_query(1)).result(10))
+        large.start()
+        assert entered.wait(10)
+        start = time.monotonic()
+        try:
+            for _ in range(8):  # more than may be pending
+                remote.submit(image_query(2, n=2)).result(5)  # too small to be shared
+            assert time.monotonic() - start < 5.0
+        finally:
+            go.set()
+        large.join(10)
         remote.close()
 
 
@@ -377,9 +512,10 @@ def test_token_opens_the_service(give: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("urls", "kwargs", "message"),
     [
-        (["http://"], {}, "is no URL"),
+        (["http://"], {}, "is not a URL"),
         (["http://a", "http://a"], {}, "names the same replica twice"),
-        (["http://a"], {"timeout": 0}, "timeout=0 must be positive"),
+        (["http://a"], {"timeout": 0}, "timeout=0 must be a positive number"),
+        (["http://a"], {"timeout": "5"}, "timeout='5' must be a positive number"),
         (["http://a"], {"max_pending": 0}, "max_pending=0"),
     ],
 )

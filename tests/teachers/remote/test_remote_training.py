@@ -59,11 +59,11 @@ class Recording(RPD):
         self.keep.keep(self)
 
 
-def train(port: int, callback: KillAndRestart, on_failure: str) -> Recording:
-    teacher = RemoteTeacher([f"http://127.0.0.1:{port}"], retries=0, timeout=5.0)
+def train(port: int, callback: KillAndRestart, on_failure: str, timeout: float = 60.0) -> Recording:
+    teacher = RemoteTeacher([f"http://127.0.0.1:{port}"])
     try:
         envs = DummyVecEnv([lambda i=i: CountingEnv(number=i, length=3 + i) for i in range(2)])
-        venv = VecTeacher(envs, teacher, on_failure=on_failure, patience=60.0)
+        venv = VecTeacher(envs, teacher, on_failure=on_failure, timeout=timeout, patience=60.0)
         model = Recording("MlpPolicy", venv, n_steps=16, batch_size=16, n_epochs=1, seed=0)
         model.keep = callback
         return model.learn(96, callback)
@@ -71,7 +71,8 @@ def train(port: int, callback: KillAndRestart, on_failure: str) -> Recording:
         teacher.close()
 
 
-def test_server_that_is_killed_and_restarted_costs_no_label_and_changes_none() -> None:
+@pytest.mark.parametrize("on_failure", ["raise", "wait"])
+def test_server_that_is_killed_and_restarted_costs_no_label_and_changes_none(on_failure: str) -> None:
     port = free_port()
     server = start_server(port)
     try:
@@ -79,7 +80,7 @@ def test_server_that_is_killed_and_restarted_costs_no_label_and_changes_none() -
         undisturbed = KillAndRestart(None, port)
         calm = train(port, undisturbed, "raise")
         disturbed = KillAndRestart(server, port)
-        model = train(port, disturbed, "wait")
+        model = train(port, disturbed, on_failure)
         assert disturbed.server is not server, "it was killed and started again"
         server = disturbed.server or server
     finally:
@@ -97,7 +98,7 @@ def test_server_that_stays_away_ends_training_with_a_sentence() -> None:
     try:
         wait_for(lambda: is_ready(f"http://127.0.0.1:{port}"))
         with pytest.raises(TeacherError, match=f"teacher at http://127.0.0.1:{port}: "):
-            train(port, KillAndRestart(server, port, restart=False), "raise")
+            train(port, KillAndRestart(server, port, restart=False), "raise", timeout=1.0)
     finally:
         server.kill()
         server.wait()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rpd_sb3.contract.teacher import TeacherUnavailable
-from rpd_sb3.teachers.remote.connection import Connection, Response, refusal
+from rpd_sb3.teachers.remote.http import Connection, Response, refusal
 
 n_connections = 0
 
