@@ -236,7 +236,7 @@ def test_features_extractor_suits_the_observation(space: spaces.Space, expected:
     ],
 )
 def test_other_action_spaces_are_refused(policy_class: type[TokenPolicy], space: spaces.Space) -> None:
-    with pytest.raises(ValueError, match="(?s)Policy needs action tokens.*with ActionTokens"):
+    with pytest.raises(ValueError, match="(?s)Policy needs action tokens.*ActionTokens"):
         policy_class(STATE, space, lambda _: 1e-3)
 
 
