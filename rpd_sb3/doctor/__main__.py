@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rpd_sb3.contract.names import TEACHER_HELP
 from rpd_sb3.doctor import FAIL, OK, WARN, Finding
 from rpd_sb3.doctor.machine import inspect_machine
-from rpd_sb3.doctor.teacher import inspect_teacher, known_teachers
+from rpd_sb3.doctor.teacher import inspect_teacher
 
 STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: exit code, 1 if something that is needed is missing
     """
     parser = argparse.ArgumentParser(prog="python -m rpd_sb3.doctor", description="What works on this machine.")
-    parser.add_argument("--teacher", help=f"also look at this teacher: {', '.join(known_teachers())}")
+    parser.add_argument("--teacher", help=f"also look at this teacher: {TEACHER_HELP}")
     teacher = parser.parse_args(argv).teacher
     findings = inspect_machine() + ([] if teacher is None else inspect_teacher(teacher))
     show(findings)

@@ -8,29 +8,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.names import TEACHER_HELP, TEACHERS, closest
 from rpd_sb3.doctor import FAIL, OK, Finding
 from rpd_sb3.wire.urls import OPENPI_API_KEY
 
 if TYPE_CHECKING:
     from rpd_sb3.contract.teacher import TeacherSpec
 
-CHECKPOINTS = {
-    "openvla": (("transformers", "tokenizers", "safetensors", "PIL"), "pip install 'rpd_sb3[openvla]'"),
-    "octo": (("octo",), "install requirements/octo.txt"),
-}
-"""Kind of teacher to the packages that it needs, and where they come from."""
+CHECKPOINTS = {"openvla": ("transformers", "tokenizers", "safetensors", "PIL"), "octo": ("octo",)}
+"""Kind of teacher to the packages that it needs."""
 TIMEOUT = 5.0
 """Seconds for the answer of an openpi server."""
-
-
-def known_teachers() -> tuple[str, ...]:
-    """The registry's list; empty where the packages that it needs are missing, which have lines of their own."""
-    try:
-        from rpd_sb3.teachers.registry import TEACHERS
-    except ImportError:
-        return ()
-    return tuple(TEACHERS)
 
 
 def inspect_teacher(teacher: str) -> list[Finding]:
@@ -56,8 +44,7 @@ def inspect_teacher(teacher: str) -> list[Finding]:
         return [_inspect_openpi(name, teacher)]
     if all(part.isidentifier() for part in [*kind.split("."), rest]):
         return [_inspect_module(name, kind)]
-    known = known_teachers()
-    return [Finding(name, FAIL, f"unknown kind of teacher{closest(teacher, known)}", f"--teacher {' or '.join(known)}")]
+    return [Finding(name, FAIL, f"unknown kind of teacher{closest(teacher, TEACHERS)}", f"--teacher {TEACHER_HELP}")]
 
 
 def _lacks(package: str) -> bool:
@@ -65,8 +52,8 @@ def _lacks(package: str) -> bool:
 
 
 def _inspect_checkpoint(name: str, kind: str, path: str) -> Finding:
-    packages, install = CHECKPOINTS[kind]
-    if missing := [package for package in packages if _lacks(package)]:
+    if missing := [package for package in CHECKPOINTS[kind] if _lacks(package)]:
+        install = TEACHERS[f"{kind}:PATH"].install
         return Finding(name, FAIL, f"not installed here: {', '.join(missing)}", f"{install}, or use a service's URL")
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
@@ -125,7 +112,7 @@ def _meet(name: str, teacher: str, patience: float, fix: str) -> TeacherSpec | F
 
         with closing(make_teacher(teacher, "", ready_timeout=patience)) as client:
             return client.spec
-    except ImportError as error:
-        return Finding(name, FAIL, f"cannot be asked from here: {error}", "pip install rpd_sb3")
     except Exception as error:  # what training would stop with is the finding
+        if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+            return Finding(name, FAIL, f"cannot be asked from here: {error}", "pip install rpd_sb3")
         return Finding(name, FAIL, str(error), fix)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from gymnasium import spaces
 
+from rpd_sb3.contract.names import TEACHER_HELP, TEACHERS
 from rpd_sb3.doctor import FAIL, OK, WARN, Finding, machine, vulkan
 from rpd_sb3.doctor import __main__ as doctor
 from rpd_sb3.doctor import teacher as teacher_module
 from rpd_sb3.doctor.teacher import inspect_teacher
-from rpd_sb3.teachers.registry import TEACHERS
 from tests.support import ROOT
 from tests.support.helpers import EchoTeacher
 from tests.support.serving_helpers import Running, free_port, serving
@@ -268,7 +268,7 @@ def test_help_names_the_teachers_of_the_registry(
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit):
         doctor.main(["--help"])
-    assert ", ".join(TEACHERS) in capsys.readouterr().out
+    assert TEACHER_HELP in capsys.readouterr().out
 
 
 def test_reports_without_any_package() -> None:
