@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from rpd_sb3.contract.secrets import redact
 from rpd_sb3.demos.formats import load_hdf5, save_hdf5
 
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -91,7 +92,7 @@ def check_suffix(path: Path) -> None:
 
 
 def save(path: str | Path, demos: Demonstrations) -> None:
-    """Write demonstrations; a file of that name is replaced only by a complete one.
+    """Write demonstrations, without secrets in their metadata; a file of that name is replaced only by a complete one.
 
     ``.npz`` holds the fields under their names, entries of a dict as ``observations/<key>``, metadata as JSON. ``.hdf5``
     and ``.h5`` have robomimic's layout: ``data/demo_i`` with ``actions``, ``rewards``, ``dones`` and ``obs/<key>``, where
@@ -103,6 +104,7 @@ def save(path: str | Path, demos: Demonstrations) -> None:
     """
     check_suffix(path := Path(path))
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    demos = demos._replace(metadata=redact(demos.metadata))
     (_save_npz if path.suffix == ".npz" else save_hdf5)(temporary, demos)
     os.replace(temporary, path)
 

@@ -9,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.cli.config import merge, parse_pairs
+from rpd_sb3.contract.secrets import redact
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs.factory import check_env_id
 from rpd_sb3.episodes.play import Actor, student_actor, teacher_actor
@@ -60,7 +61,7 @@ def open_player(args: Any, closing: ExitStack) -> Player:
         teacher_kwargs = parse_pairs(args.teacher_kwargs, "--teacher-kwargs")
         teacher = open_teacher(args.teacher, env_id, teacher_kwargs, closing)
         probe(env_id, env_kwargs, teacher)
-        return Player(f"teacher {args.teacher}", teacher, env_id, env_kwargs)
+        return Player(f"teacher {redact(args.teacher)}", teacher, env_id, env_kwargs)
     if args.export:
         name, policy = f"export {args.export}", load_export(args.export)
         recorded = policy.manifest["environment"]

@@ -61,9 +61,10 @@ class Job:
     """
 
     def __init__(self, args: Any, argv: Sequence[str]) -> None:
+        from rpd_sb3.contract.secrets import redact
         from rpd_sb3.export.deploy import check_exportable
         from rpd_sb3.export.hub import check_upload
-        from rpd_sb3.export.manifest import token_spec, without_secrets
+        from rpd_sb3.export.manifest import token_spec
         from rpd_sb3.export.observations import with_image_size
         from rpd_sb3.export.writer import Export, check_folder
         from rpd_sb3.students.device import set_threads
@@ -84,7 +85,7 @@ class Job:
         self.env_id = run.args["env"]
         self.env_kwargs = with_image_size(self.env_id, run.config.get("env_kwargs", {}), policy.observation_space)
         tokens = token_spec(self.env_kwargs, policy.action_space)
-        command = without_secrets(shlex.join(["python", "-m", "rpd_sb3.export", *argv]))
+        command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *argv]))
         self.export = Export(run, model, policy, path, args.model, args.format, tokens, command)
         self.observations = self._read_or_probe()
 

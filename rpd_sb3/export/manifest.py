@@ -21,8 +21,6 @@ from rpd_sb3.export.observations import POSE_ACTION
 from rpd_sb3.train import folder as runs
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript", "safetensors")
-SECRETS = ("token",)
-"""Options of teachers that are nobody else's business."""
 
 
 def package_name(env_id: str, algo: str) -> str:
@@ -85,8 +83,6 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
     """
     result = _read_yaml(run.folder / "result.json")
     versions = _read_yaml(run.folder / "versions.yml")
-    lines = run.folder / "command.txt"
-    command = lines.read_text(encoding="utf-8").strip() if lines.is_file() else None
     return {
         "algorithm": run.args["algo"],
         "model": which,
@@ -98,7 +94,7 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
         "seed": run.args.get("seed"),
         "git_commit": versions.get("git_commit"),
         "versions": {key: versions[key] for key in ("rpd_sb3", "torch", "stable-baselines3") if key in versions},
-        "command": None if command is None else without_secrets(command),
+        "command": "\n".join(run.commands) or None,
     }
 
 
@@ -106,13 +102,7 @@ def teacher_facts(run: runs.SavedRun) -> dict[str, Any] | None:
     """The teacher's name and options."""
     if run.config.get("teacher") is None:
         return None
-    kwargs = {key: value for key, value in run.config.get("teacher_kwargs", {}).items() if key not in SECRETS}
-    return {"name": run.config["teacher"], "kwargs": kwargs}
-
-
-def without_secrets(command: str) -> str:
-    """A command line without the tokens in it."""
-    return re.sub(rf"\b({'|'.join(SECRETS)}):\S+", r"\1:...", command)
+    return {"name": run.config["teacher"], "kwargs": run.config.get("teacher_kwargs", {})}
 
 
 def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def read_record(folder: str) -> Record:
         _result(path / "result.json"),
         _evaluations(path / "evaluations.npz", folder),
         _progress(path / "progress.csv"),
-        _lines(path / "command.txt"),
+        run.commands,
         load_yaml(path / "versions.yml") if (path / "versions.yml").is_file() else {},
     )
 
@@ -183,7 +183,3 @@ def _number(row: Mapping[str, str | None], name: str) -> float | None:
     except (ValueError, TypeError):
         return None
     return value if np.isfinite(value) else None
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

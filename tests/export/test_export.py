@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from stable_baselines3 import PPO
 
 from rpd_sb3.contract.statistics import wilson_interval
@@ -341,19 +340,6 @@ def test_snippet_of_the_card_works(format: str, run: Path, tmp_path: Path) -> No
     check = "\nassert action.shape in [(1,), (1, 1)] and abs(float(action.item())) <= 1\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code[1] + check], cwd=folder, check=True, timeout=60, env=environment)
-
-
-def test_secrets_stay_at_home(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
-    config = yaml.safe_load((run / "config.yml").read_text())
-    config |= {"teacher": "http://gpu-box:8000", "teacher_kwargs": {"token": "hunter2", "timeout": 5}}
-    (tmp_path / "run" / "config.yml").write_text(yaml.safe_dump(config))
-    (tmp_path / "run" / "command.txt").write_text("python -m rpd_sb3.train --teacher-kwargs token:hunter2 timeout:5\n")
-    assert export.main(quick(tmp_path / "run")) == 0
-    folder = tmp_path / "run" / "export_safetensors"
-    assert manifest_of(folder)["teacher"] == {"name": "http://gpu-box:8000", "kwargs": {"timeout": 5}}
-    assert manifest_of(folder)["training"]["command"].endswith("--teacher-kwargs token:... timeout:5")
-    assert not any(b"hunter2" in path.read_bytes() for path in folder.iterdir())
 
 
 # The Hub ---------------------------------------------------------------------------------------------------------------
