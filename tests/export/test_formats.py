@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +27,6 @@ from rpd_sb3.export.deploy import DeployablePolicy, camera_view, check_exportabl
 from rpd_sb3.export.formats import (
     load_safetensors,
     load_torch,
-    pickles_in,
     torch_act,
     write_onnx,
     write_safetensors,
@@ -42,6 +45,15 @@ def predict(policy: ActorCriticPolicy, batch: dict[str, np.ndarray]) -> np.ndarr
     """SB3's own answer; it takes images channels last, too."""
     obs: Any = batch if isinstance(policy.observation_space, spaces.Dict) else next(iter(batch.values()))
     return policy.predict(obs, deterministic=True)[0]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that sees an image and a state, as PyTorch archive."""
+    path = tmp_path_factory.mktemp("archive") / "policy.pt2"
+    policy = POLICIES["both"]()
+    write_torch(path, DeployablePolicy(policy), input_specs(policy.observation_space))
+    return path
 
 
 def graph_of(path: Path) -> Any:
@@ -70,7 +82,6 @@ def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Pat
     policy = POLICIES[kind]()
     specs = input_specs(policy.observation_space)
     write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
-    assert pickles_in(tmp_path / "policy.pt2") == []
     forbidden = mock.Mock(side_effect=AssertionError("something is unpickled"))
     with (
         mock.patch("pickle.load", forbidden),
@@ -98,35 +109,78 @@ def test_pt2_runs_without_this_library(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "action.npy"), predict(policy, batch), atol=1e-5, rtol=0)
 
 
-def test_a_pickle_in_an_archive_is_found(tmp_path: Path) -> None:
-    th.save({"weight": th.ones(2)}, tmp_path / "weights.pt")
-    assert [name.rpartition("/")[2] for name in pickles_in(tmp_path / "weights.pt")] == ["data.pkl"]
-    program = th.export.export(th.nn.Linear(2, 1), (th.ones(1, 2),))
-    th.export.save(program, tmp_path / "program.pt2")  # with its example inputs, as PyTorch does by default
-    assert pickles_in(tmp_path / "program.pt2") == ["program/data/sample_inputs/model.pt"]
-    with pytest.raises(ValueError, match="it holds pickles: program/data/sample_inputs/model.pt"):
-        load_torch(tmp_path / "program.pt2")
+Members = dict[str, bytes]
 
 
-def test_raw_bytes_are_no_pickle(tmp_path: Path) -> None:
-    import zipfile
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
 
-    contents = {
-        "empty": b"",
-        "weights": np.arange(9.0).tobytes(),
-        "looks like one": b"\x80\x04abc.",
-        "is one": pickle.dumps([1]),
-    }
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
-    assert pickles_in(tmp_path / "x.zip") == ["is one"]
+
+def _pickled_weight(members: Members) -> None:
+    """A pickle that does not look like one, and a configuration that asks for it."""
+    config = json.loads(members["data/weights/model_weights_config.json"])
+    next(iter(config["config"].values()))["use_pickle"] = True
+    members["data/weights/model_weights_config.json"] = json.dumps(config).encode()
+    members["data/weights/weight_0"] = pickle.dumps(Evil(), protocol=2) + b"\n"
+
+
+def _pickled_constant(members: Members) -> None:
+    config = {"config": {"x": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False}}}
+    members["data/constants/model_constants_config.json"] = json.dumps(config).encode()
+    members["data/constants/opaque_obj_0"] = pickle.dumps(Evil())
+
+
+def _changed(old: str, new: str) -> Callable[[Members], None]:
+    def change(members: Members) -> None:
+        graph = members["models/model.json"].decode()
+        assert old in graph
+        members["models/model.json"] = graph.replace(old, new).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_pickled_weight, "weight_0"),
+        (_pickled_constant, "opaque_obj_0"),
+        (lambda members: members.update({"data/weights/model.pt": pickle.dumps(Evil())}), "data/weights/model.pt"),
+        (lambda members: members.update({"data/sample_inputs/model.pt": pickle.dumps(Evil())}), "sample_inputs"),
+        (_changed("Symbol(", "__import__('pathlib').Path('ran').touch("), "__import__"),
+        (_changed("L['inputs'][1]", "__import__('pathlib').Path('ran').touch()"), "__import__"),
+        (_changed("torch.ops.aten.relu.default", "torch.os.system"), "torch.os.system"),
+        (_changed("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"), "from_file"),
+        (_changed("builtins.dict", "collections.defaultdict"), "collections.defaultdict"),
+        (lambda members: members.pop("models/model.json"), "can load"),
+    ],
+)
+def test_archive_that_could_run_code_is_refused(
+    change: Callable[[Members], Any], message: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(archive) as file:
+        members = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    change(members)
+    with zipfile.ZipFile("policy.pt2", "w") as file:
+        for name, content in members.items():
+            file.writestr(f"policy/{name}", content)
+    with pytest.raises(ValueError, match=message):
+        load_torch(Path("policy.pt2"))(*(th.zeros(1, 36, 40, 3, dtype=th.uint8), th.zeros(1, 5)))
+    assert not Path("ran").exists()
+
+
+def test_archive_with_two_members_of_a_name_is_refused(archive: Path, tmp_path: Path) -> None:
+    """Readers of zip files differ in which of them they take."""
+    twice = shutil.copy(archive, tmp_path / "policy.pt2")
+    with zipfile.ZipFile(twice, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("policy/models/model.json", b"{}")
+    with pytest.raises(ValueError, match="models/model.json"):
+        load_torch(twice)
 
 
 @pytest.mark.parametrize("kind", ["both", "compact", "squashed", "separate extractors", "normalised", "autoregressive"])
 def test_weights_load_into_a_policy_made_from_the_manifest(kind: str, tmp_path: Path) -> None:
-    import json
-
     policy = POLICIES[kind]()
     write_safetensors(tmp_path / "model.safetensors", policy)
     made = architecture.build(json.loads(json.dumps(architecture.describe(policy))), "policy.json")
