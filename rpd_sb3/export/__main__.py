@@ -121,7 +121,7 @@ class Job:
             self._show(manifest)
             if self.token is not None:
                 print(upload(self.folder, self.args.push_to_hub, self.token))
-        except (ExportError, UploadError) as error:
+        except (ExportError, UploadError, OSError) as error:
             print_error(error)
             return RUN_ERROR
         print(self.folder, flush=True)

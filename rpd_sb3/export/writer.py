@@ -174,7 +174,7 @@ def _save_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes this one at the end, or is removed if something fails."""
+    """A temporary folder that becomes this one at the end; if something fails, it is removed and the old folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir()
@@ -183,7 +183,12 @@ def _appearing(folder: Path) -> Iterator[Path]:
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

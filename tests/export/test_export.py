@@ -235,6 +235,25 @@ def test_an_export_is_replaced_only_if_asked(run: Path, tmp_path: Path, capsys: 
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, rename = tmp_path / "export", Path.rename
+    assert export.main(quick(run, "-o", str(folder))) == 0
+    created = manifest_of(folder)["created"]
+
+    def refuse(source: Path, target: Path) -> Path:
+        if ".tmp-" in source.name:
+            raise OSError("the disk is gone")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert export.main(quick(run, "-o", str(folder), "--overwrite")) == 1
+    assert capsys.readouterr().err == "error: the disk is gone\n"
+    assert manifest_of(folder)["created"] == created
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_other_folders_are_never_replaced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").touch()
     message = sentence(quick(run, "-o", str(tmp_path), "--overwrite"), capsys, export)
