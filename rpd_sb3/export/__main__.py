@@ -11,7 +11,7 @@ from typing import Any
 
 from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, check_training_side, print_error, run_command
 
-NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": (), "safetensors": ("safetensors",)}
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": ()}
 """Packages that a format needs besides those of training."""
 
 

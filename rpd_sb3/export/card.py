@@ -66,15 +66,6 @@ policy = torch.export.load("policy.pt2").module()
 with torch.no_grad():
     {outputs} = policy({batch})
 """,
-    "safetensors": """\
-# pip install rpd_sb3
-import numpy as np
-
-from rpd_sb3.export.loading import load_export
-
-policy = load_export(".")
-action = policy({example})
-""",
 }
 
 
@@ -159,8 +150,6 @@ _USAGE = {
     "`policy.json` holds everything below for programs.",
     "torch": "Batches `(n, ...)` of each input, in this order; images are uint8, channels last, as a camera gives them. "
     "`policy.json` holds everything below for programs.",
-    "safetensors": "One observation or a batch `(n, ...)`; images are uint8, channels last, as a camera gives them. "
-    "`policy.json` holds the policy's class, arguments and spaces, and everything below for programs.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Writing a policy as ONNX, as a PyTorch graph and as bare weights, and acting with what was written. No format holds a pickle."""
+"""Writing a policy as ONNX and as a PyTorch graph, and acting with what was written. No format holds a pickle."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import DeployablePolicy
 
-FILES = {"onnx": runtime.MODEL, "torch": "policy.pt2", "safetensors": "model.safetensors"}
+FILES = {"onnx": runtime.MODEL, "torch": "policy.pt2"}
 """What the policy of each format lies in."""
 OPSET, IR_VERSION = 18, 8
 """Of ONNX: what onnxruntime 1.15, of 2023, can run already (tested), for robots that are not updated."""
@@ -90,18 +89,6 @@ def write_torch(path: Path, deployable: DeployablePolicy, specs: list[dict[str, 
         raise RuntimeError(f"torch.export.save of PyTorch {th.__version__} wrote what is not data: {error}") from error
 
 
-def write_safetensors(path: Path, policy: ActorCriticPolicy) -> None:
-    """All weights of the policy, value function included.
-
-    :param path: file to write
-    :param policy: the policy
-    """
-    from safetensors.torch import save_model
-
-    save_model(policy, str(path), metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors lets nobody else read
-
-
 def torch_act(module: Callable[..., Any], specs: list[dict[str, Any]]) -> runtime.Act:
     """Acts with a PyTorch module that takes what a :class:`DeployablePolicy` takes.
 
@@ -135,22 +122,6 @@ def load_torch(path: Path) -> Callable[..., Any]:
         zipfile.BadZipFile,
     ) as error:
         raise ValueError(f"{str(path)!r} is not a policy that PyTorch {th.__version__} can load: {error}") from error
-
-
-def load_safetensors(path: Path, policy: ActorCriticPolicy) -> None:
-    """Load the weights into a policy of the same architecture.
-
-    :raises ValueError: if they are damaged or of another one
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
-    try:
-        load_model(policy, path)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{str(path)!r} does not hold the weights of the policy in {runtime.MANIFEST}: {error}"
-        ) from error
 
 
 def checked_archive(path: Path) -> io.BytesIO:

@@ -9,10 +9,9 @@ import numpy as np
 from gymnasium import spaces
 
 from rpd_sb3.episodes.play import Actor, in_eights
-from rpd_sb3.export import architecture, runtime
-from rpd_sb3.export.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
-from rpd_sb3.export.formats import FILES, load_safetensors, load_torch, torch_act
-from rpd_sb3.export.manifest import token_bounds
+from rpd_sb3.export import runtime
+from rpd_sb3.export.deploy import camera_view, input_spaces, input_specs
+from rpd_sb3.export.formats import FILES, load_torch, torch_act
 
 
 def load_export(folder: str | Path) -> runtime.Policy:
@@ -24,24 +23,10 @@ def load_export(folder: str | Path) -> runtime.Policy:
     manifest = runtime.read_manifest(folder)
     if manifest["format"] == "onnx":
         return runtime.load(folder)
-    return runtime.Policy(folder, manifest, _act(Path(folder), manifest))
-
-
-def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
     if manifest["format"] not in FILES:
         raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}; known are {', '.join(FILES)}")
     path = runtime.checked_file(folder, manifest, FILES[manifest["format"]])
-    specs = manifest["observation"]
-    if manifest["format"] == "torch":
-        return torch_act(load_torch(path), specs)
-    tokens = manifest.get("tokens")
-    policy = architecture.build(manifest.get("policy"), str(folder / runtime.MANIFEST))
-    load_safetensors(path, policy)
-    if [spec["shape"] for spec in input_specs(policy.observation_space)] != [spec["shape"] for spec in specs]:
-        raise ValueError(
-            f"{str(folder / runtime.MANIFEST)!r}: observation and policy are of different shapes; export the run again"
-        )
-    return torch_act(DeployablePolicy(policy, tokens is not None, token_bounds(tokens)), specs)
+    return runtime.Policy(folder, manifest, torch_act(load_torch(path), manifest["observation"]))
 
 
 def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:

@@ -20,7 +20,7 @@ from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.observations import POSE_ACTION
 from rpd_sb3.train import folder as runs
 
-PACKAGES = ("onnx", "onnxruntime", "onnxscript", "safetensors")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def package_name(env_id: str, algo: str) -> str:

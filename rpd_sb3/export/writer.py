@@ -17,10 +17,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.contract.bins import acted
-from rpd_sb3.export import architecture, manifest, runtime
+from rpd_sb3.export import manifest, runtime
 from rpd_sb3.export.card import copy_figures, write_card, write_package
 from rpd_sb3.export.deploy import DeployablePolicy, input_specs, numbers_of_parameters
-from rpd_sb3.export.formats import FILES, write_onnx, write_safetensors, write_torch
+from rpd_sb3.export.formats import FILES, write_onnx, write_torch
 from rpd_sb3.export.loading import load_export
 from rpd_sb3.train import folder as runs
 
@@ -82,14 +82,8 @@ def write_export(
     with _appearing(folder) as temporary:
         deployable = DeployablePolicy(export.policy, export.tokens is not None, manifest.token_bounds(export.tokens))
         content = _content(export, deployable, environment)
-        specs, path = content["observation"], temporary / FILES[export.format]
-        if export.format == "onnx":
-            write_onnx(path, deployable, specs)
-        elif export.format == "torch":
-            write_torch(path, deployable, specs)
-        else:
-            content["policy"] = architecture.describe(export.policy)
-            write_safetensors(path, export.policy)
+        write = write_onnx if export.format == "onnx" else write_torch
+        write(temporary / FILES[export.format], deployable, content["observation"])
         answers = _reference(export, observations)
         rows = {"obs/" + name: array[:N_CHECK] for name, array in observations.items()}
         np.savez_compressed(temporary / runtime.CHECK, **rows, **{k: v[:N_CHECK] for k, v in answers.items()})  # type: ignore[arg-type]
@@ -174,7 +168,7 @@ def _save_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes this one at the end; if something fails, it is removed and the old folder stays."""
+    """A temporary folder that becomes this one at the end; if something fails, it is removed, and the old folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir()

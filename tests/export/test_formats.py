@@ -22,14 +22,11 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.contract.bins import Bounds, to_actions
-from rpd_sb3.export import architecture
 from rpd_sb3.export.deploy import DeployablePolicy, camera_view, check_exportable, input_specs, numbers_of_parameters
 from rpd_sb3.export.formats import (
-    load_safetensors,
     load_torch,
     torch_act,
     write_onnx,
-    write_safetensors,
     write_torch,
 )
 from rpd_sb3.students import TokenPolicy
@@ -177,53 +174,6 @@ def test_archive_with_two_members_of_a_name_is_refused(archive: Path, tmp_path: 
         file.writestr("policy/models/model.json", b"{}")
     with pytest.raises(ValueError, match="models/model.json"):
         load_torch(twice)
-
-
-@pytest.mark.parametrize("kind", ["both", "compact", "squashed", "separate extractors", "normalised", "autoregressive"])
-def test_weights_load_into_a_policy_made_from_the_manifest(kind: str, tmp_path: Path) -> None:
-    policy = POLICIES[kind]()
-    write_safetensors(tmp_path / "model.safetensors", policy)
-    made = architecture.build(json.loads(json.dumps(architecture.describe(policy))), "policy.json")
-    load_safetensors(tmp_path / "model.safetensors", made)
-    weights = made.state_dict()
-    assert weights.keys() == policy.state_dict().keys()
-    assert all(th.equal(value, weights[name]) for name, value in policy.state_dict().items())
-    assert (made.observation_space, made.action_space) == (policy.observation_space, policy.action_space)
-    batch = observations(input_specs(policy.observation_space))
-    assert np.array_equal(predict(made, batch), predict(policy, batch))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"class": "tests.support.export_helpers.make_policy"},
-            "'tests.support.export_helpers.make_policy' is no ActorCriticPolicy",
-        ),
-        (
-            {"class": "not_here.Policy"},
-            "class 'not_here.Policy' is of a package that is not known: import not_here first",
-        ),
-        ({"class": "torch.nn.Nix"}, "no attribute 'Nix'"),
-        ({"kwargs": {"activation_fn": "subprocess.run"}}, "'subprocess.run' is no Module"),
-        ({"action_space": {"type": "Tuple"}}, "space 'Tuple' is unknown"),
-        ({"observation_space": None}, "describes no policy"),
-    ],
-)
-def test_manifest_that_describes_no_policy(change: dict[str, Any], message: str) -> None:
-    described = architecture.describe(POLICIES["vector"]()) | change
-    with pytest.raises(ValueError, match=message):
-        architecture.build(described, "policy.json")
-
-
-def test_weights_of_another_policy_or_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_safetensors(path, POLICIES["vector"]())
-    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
-        load_safetensors(path, POLICIES["image"]())
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
-        load_safetensors(path, POLICIES["vector"]())
 
 
 @pytest.mark.parametrize("kind", ["tokens", "autoregressive"])

@@ -175,7 +175,7 @@ def test_command_checks_and_times(both: Path, capsys: pytest.CaptureFixture[str]
         (lambda m: m["observation"][0].pop("dtype"), "has no observation.dtype"),
         (lambda m: m.update(observation=[]), r"observation is \[\], expected a list"),
         (lambda m: m.update(files="x"), "files is 'x', expected a dict"),
-        (lambda m: m.update(format="safetensors"), "has format 'safetensors', the runtime takes onnx alone"),
+        (lambda m: m.update(format="torch"), "has format 'torch', the runtime takes onnx alone"),
         (lambda m: m["files"]["policy.onnx"].update(sha256="0"), "policy.onnx' is damaged or of another export: its sha256"),
         (lambda m: m["files"].pop("policy.onnx"), "policy.onnx' is damaged or of another export"),
         (lambda m: m["observation"][0].update(name="camera"), r"has \[\('rgb'.*but policy.json says \[\('camera'"),
