@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.observations import POSE_ACTION
 from rpd_sb3.train import folder as runs
-
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def package_name(env_id: str, algo: str) -> str:
@@ -113,7 +110,7 @@ def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str,
     :param which: ``best`` or ``last``
     :return: ``student`` and ``teacher``, None where nothing was measured
     """
-    student = _evaluation_at(run.folder / "evaluations.npz", runs.timesteps(model_file))
+    student = _evaluation_at(run.folder, runs.timesteps(model_file))
     if student is not None:
         student["model"] = which
         if which == "best" and student["n_evaluations"] > 1:
@@ -124,30 +121,27 @@ def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str,
     return {"student": student, "teacher": _read_yaml(run.folder / "result.json").get("teacher")}
 
 
-def _evaluation_at(path: Path, timesteps: int) -> dict[str, Any] | None:
-    if not path.is_file():
+def _evaluation_at(folder: Path, timesteps: int) -> dict[str, Any] | None:
+    evaluations = runs.read_evaluations(folder)
+    if evaluations is None or timesteps not in evaluations.timesteps:
         return None
-    arrays = runtime.read_arrays(path)
-    rows = np.flatnonzero(arrays["timesteps"] == timesteps)
-    if not len(rows):
-        return None
-    row = rows[-1]
-    n = len(arrays["results"][row])
+    row = np.flatnonzero(evaluations.timesteps == timesteps)[-1]
+    n = len(evaluations.returns[row])
     result: dict[str, Any] = {
         "success_once": None,
         "success_at_end": None,
         "n_episodes": n,
         "ci95": None,
-        "mean_return": float(arrays["results"][row].mean()),
-        "mean_length": float(arrays["ep_lengths"][row].mean()),
+        "mean_return": float(evaluations.returns[row].mean()),
+        "mean_length": float(evaluations.lengths[row].mean()),
         "timesteps": timesteps,
-        "n_evaluations": len(arrays["timesteps"]),
+        "n_evaluations": len(evaluations.timesteps),
     }
-    if "successes" in arrays:
-        k = int(arrays["successes"][row].sum())
+    if evaluations.once is not None and evaluations.at_end is not None:
+        k = int(evaluations.once[row].sum())
         result |= {
             "success_once": k / n,
-            "success_at_end": float(arrays["successes_at_end"][row].mean()),
+            "success_at_end": float(evaluations.at_end[row].mean()),
             "ci95": list(wilson_interval(k, n)),
         }
     return result
@@ -155,13 +149,8 @@ def _evaluation_at(path: Path, timesteps: int) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of what the export was made with; the machine's name is not among them."""
-    found = {key: value for key, value in runs.versions().items() if key != "platform"}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = runs.versions((*runs.PACKAGES, "onnx", "onnxruntime", "onnxscript"))
+    return {key: value for key, value in found.items() if key != "platform"}
 
 
 def file_facts(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,9 @@
-"""What a run folder holds for a report; whatever a run has not left behind yet is None or empty.
-
-Shape letters: E evaluations, K episodes of each.
-"""
+"""What a run folder holds for a report; whatever a run has not left behind yet is None or empty."""
 
 from __future__ import annotations
 
 import csv
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +12,7 @@ import numpy as np
 
 from rpd_sb3.cli.config import load_yaml
 from rpd_sb3.contract.statistics import wilson_interval
-from rpd_sb3.train.folder import load_run
+from rpd_sb3.train.folder import Evaluations, load_run, read_evaluations
 
 VIDEO, TEACHER_VIDEO = "video.mp4", "teacher_video.mp4"
 
@@ -35,21 +31,6 @@ class Rate(NamedTuple):
         """That of boolean outcomes, whatever the shape."""
         k, n = int(successes.sum()), int(successes.size)
         return cls(k / n, *wilson_interval(k, n), n)
-
-
-class Evaluations(NamedTuple):
-    """``evaluations.npz``. Success is None where the environment does not report it."""
-
-    timesteps: np.ndarray
-    """(E,) environment steps, ascending."""
-    returns: np.ndarray
-    """(E, K)"""
-    lengths: np.ndarray
-    """(E, K)"""
-    once: np.ndarray | None
-    """(E, K) bool, successful at some step."""
-    at_end: np.ndarray | None
-    """(E, K) bool, successful at the last step."""
 
 
 class Record(NamedTuple):
@@ -117,12 +98,15 @@ def read_record(folder: str) -> Record:
     """
     run = load_run(folder)
     path = run.folder
+    evaluations = read_evaluations(path)
+    if evaluations is None:
+        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
     return Record(
         path,
         run.args,
         run.config,
         _result(path / "result.json"),
-        _evaluations(path / "evaluations.npz", folder),
+        evaluations,
         _progress(path / "progress.csv"),
         run.commands,
         load_yaml(path / "versions.yml") if (path / "versions.yml").is_file() else {},
@@ -139,27 +123,6 @@ def _result(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
     return content
-
-
-def _evaluations(path: Path, folder: str) -> Evaluations:
-    if not path.is_file():
-        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        found = Evaluations(
-            arrays["timesteps"],
-            arrays["results"].astype(np.float64),
-            arrays["ep_lengths"],
-            arrays["successes"].astype(bool) if "successes" in arrays else None,
-            arrays["successes_at_end"].astype(bool) if "successes_at_end" in arrays else None,
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    n = len(found.timesteps) if found.timesteps.ndim == 1 else 0
-    if n == 0 or any(rows is not None and (rows.ndim != 2 or len(rows) != n) for rows in found[1:]):
-        raise ValueError(f"{path} is damaged: its arrays are empty or do not belong together")
-    return found
 
 
 def _progress(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

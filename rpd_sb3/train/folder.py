@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import subprocess
+import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -143,6 +144,48 @@ def with_secrets(run: SavedRun, given: dict[str, Any]) -> SavedRun:
     return run._replace(config=config)
 
 
+class Evaluations(NamedTuple):
+    """``evaluations.npz``: E evaluations of K episodes each. Success is None where the environment does not report it."""
+
+    timesteps: np.ndarray
+    """(E,) environment steps, ascending."""
+    returns: np.ndarray
+    """(E, K)"""
+    lengths: np.ndarray
+    """(E, K)"""
+    once: np.ndarray | None
+    """(E, K) bool, successful at some step."""
+    at_end: np.ndarray | None
+    """(E, K) bool, successful at the last step."""
+
+
+def read_evaluations(folder: Path) -> Evaluations | None:
+    """The evaluations of a run; None if there is none yet.
+
+    :param folder: of the run
+    :raises ValueError: if the file is damaged
+    """
+    path = folder / "evaluations.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        found = Evaluations(
+            arrays["timesteps"],
+            arrays["results"].astype(np.float64),
+            arrays["ep_lengths"],
+            arrays["successes"].astype(bool) if "successes" in arrays else None,
+            arrays["successes_at_end"].astype(bool) if "successes_at_end" in arrays else None,
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    n = len(found.timesteps) if found.timesteps.ndim == 1 else 0
+    if n == 0 or any(rows is not None and (rows.ndim != 2 or len(rows) != n) for rows in found[1:]):
+        raise ValueError(f"{path} is damaged: its arrays are empty or do not belong together")
+    return found
+
+
 def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -> None:
     """Save a model, and its label replay next to it; a file of that name is replaced only by a complete one.
 
@@ -237,10 +280,13 @@ def append_command(folder: Path, argv: Sequence[str]) -> None:
         file.write(shlex.join(redact(["python", "-m", "rpd_sb3.train", *argv])) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of what the result depends on.
+
+    :param packages: those of them that are looked for
+    """
     found = {"rpd_sb3": rpd_sb3.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
