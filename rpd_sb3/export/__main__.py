@@ -64,7 +64,7 @@ class Job:
         from rpd_sb3.contract.secrets import redact
         from rpd_sb3.export.deploy import check_exportable
         from rpd_sb3.export.hub import check_upload
-        from rpd_sb3.export.manifest import token_spec
+        from rpd_sb3.export.manifest import run_facts, token_spec
         from rpd_sb3.export.observations import with_image_size
         from rpd_sb3.export.writer import Export, check_folder
         from rpd_sb3.students.device import set_threads
@@ -86,10 +86,10 @@ class Job:
         self.env_kwargs = with_image_size(self.env_id, run.config.get("env_kwargs", {}), policy.observation_space)
         tokens = token_spec(self.env_kwargs, policy.action_space)
         command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *argv]))
-        self.export = Export(run, model, policy, path, args.model, args.format, tokens, command)
-        self.observations = self._read_or_probe()
+        self.export = Export(run, model, policy, run_facts(run, path, args.model), args.format, tokens, command)
+        self.observations = self._read_or_probe(str(path))
 
-    def _read_or_probe(self) -> Any:
+    def _read_or_probe(self, name: str) -> Any:
         """The observations of a file; without one, make sure that the environment shows what the policy knows."""
         from rpd_sb3.envs.factory import check_env_id
         from rpd_sb3.export.deploy import input_specs
@@ -102,7 +102,7 @@ class Job:
         check_env_id(self.env_id)
         shown = probe(self.env_id, self.env_kwargs, None)
         try:
-            check_observations(self.export.model, shown, str(self.export.model_file), self.env_id)
+            check_observations(self.export.model, shown, name, self.env_id)
         except ValueError as error:
             raise ValueError(f"{error}; give observations with --observations FILE.npz") from error
         return None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds
@@ -71,6 +70,21 @@ def action_spec(space: spaces.Space, tokens: Mapping[str, Any] | None, control_m
     return {"shape": shape, "dtype": "int64", "low": 0, "high": high if shape else high[0], "names": None}
 
 
+def run_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
+    """What the manifest says of the run: ``teacher``, ``training`` and ``success``.
+
+    :param run: its run
+    :param model_file: the model exported
+    :param which: ``best`` or ``last``
+    :raises ValueError: if a file of the run is damaged
+    """
+    return {
+        "teacher": teacher_facts(run),
+        "training": training_facts(run, model_file, which),
+        "success": success_facts(run, model_file, which),
+    }
+
+
 def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
     """What the policy was trained on.
 
@@ -78,8 +92,8 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
     :param model_file: the model exported
     :param which: ``best`` or ``last``
     """
-    result = _read_yaml(run.folder / "result.json")
-    versions = _read_yaml(run.folder / "versions.yml")
+    result = run.result
+    versions = run.versions
     return {
         "algorithm": run.args["algo"],
         "model": which,
@@ -118,7 +132,7 @@ def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str,
                 f"the best of {student['n_evaluations']} evaluations, which is optimistic: a fresh evaluation is "
                 "python -m rpd_sb3.evaluate --export"
             )
-    return {"student": student, "teacher": _read_yaml(run.folder / "result.json").get("teacher")}
+    return {"student": student, "teacher": run.result.get("teacher")}
 
 
 def _evaluation_at(folder: Path, timesteps: int) -> dict[str, Any] | None:
@@ -160,8 +174,3 @@ def file_facts(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != runtime.MANIFEST
     }
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of the run; empty if it is not there, e.g. after an interruption."""
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}

@@ -41,9 +41,8 @@ class Export:
     run: runs.SavedRun
     model: BaseAlgorithm
     policy: ActorCriticPolicy
-    model_file: Path
-    which: str
-    """``best`` or ``last``."""
+    facts: dict[str, Any]
+    """Of :func:`rpd_sb3.export.manifest.run_facts`."""
     format: str
     tokens: dict[str, Any] | None
     """Of :func:`rpd_sb3.export.manifest.token_spec`."""
@@ -119,9 +118,7 @@ def _content(export: Export, deployable: DeployablePolicy, environment: dict[str
         "action": manifest.action_spec(space, export.tokens, environment["control_mode"]),
         "tokens": export.tokens,
         "environment": environment,
-        "teacher": manifest.teacher_facts(run),
-        "training": manifest.training_facts(run, export.model_file, export.which),
-        "success": manifest.success_facts(run, export.model_file, export.which),
+        **export.facts,
         "parameters": numbers_of_parameters(deployable, export.policy),
         "parity": {"tolerance": TOLERANCE * scale},
         "versions": manifest.versions(),

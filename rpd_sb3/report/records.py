@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.cli.config import load_yaml
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.train.folder import Evaluations, load_run, read_evaluations
 
@@ -45,7 +43,6 @@ class Record(NamedTuple):
     progress: dict[str, tuple[np.ndarray, np.ndarray]]
     """Column of ``progress.csv`` to steps and values, where there are any."""
     commands: list[str]
-    versions: dict[str, Any]
 
     @property
     def algo(self) -> str:
@@ -105,24 +102,11 @@ def read_record(folder: str) -> Record:
         path,
         run.args,
         run.config,
-        _result(path / "result.json"),
+        run.result,
         evaluations,
         _progress(path / "progress.csv"),
         run.commands,
-        load_yaml(path / "versions.yml") if (path / "versions.yml").is_file() else {},
     )
-
-
-def _result(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; remove it to report the run without it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
-    return content
 
 
 def _progress(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

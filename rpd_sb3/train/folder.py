@@ -65,6 +65,29 @@ class SavedRun(NamedTuple):
         text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         return [redact_command(command) for command in re.split(r"\n(?=python -m )", text) if command]
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """The content of ``result.json``; empty while the run goes on, or if it was killed.
+
+        :raises ValueError: if the file is damaged
+        """
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; remove it to use the run without it") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
+        return content
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """The content of ``versions.yml``; empty if there is none."""
+        path = self.folder / "versions.yml"
+        return load_yaml(path) if path.is_file() else {}
+
 
 def file_name(env_id: str) -> str:
     """The id as part of a file name: ``ALE/Pong-v5`` becomes ``ALE-Pong-v5``."""

@@ -348,6 +348,14 @@ def test_run_without_a_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
+@pytest.mark.parametrize("name", ["result.json", "evaluations.npz", "versions.yml"])
+def test_damaged_run_is_one_sentence(name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
+    (tmp_path / "run" / name).write_text("{[")
+    assert name in sentence(command(tmp_path / "run"), capsys, export)
+    assert not (tmp_path / "run" / "export_onnx").exists()
+
+
 # The card --------------------------------------------------------------------------------------------------------------
 
 
