@@ -20,12 +20,13 @@ from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import DeployablePolicy
 
 FILES = {"onnx": runtime.MODEL, "torch": "policy.pt2"}
-"""What the policy of each format lies in."""
-OPSET, IR_VERSION = 18, 8
-"""Of ONNX: what onnxruntime 1.15, of 2023, can run already (tested), for robots that are not updated."""
+"""Format to the file that holds the policy."""
+OPSET = 18
+IR_VERSION = 8
+"""With these versions of ONNX, onnxruntime 1.15 of 2023 runs a policy (tested), for robots that are not updated."""
 
 OUTPUTS = ("action", "tokens")
-"""Of a policy; the second one only where tokens stand for actions."""
+"""Outputs of a policy; the second one only where tokens stand for actions."""
 
 _MEMBER = re.compile(
     r"\w+/(models/model\.json|data/sample_inputs/model\.pt|data/weights/(model_weights_config\.json|weight_\d+)"
@@ -90,9 +91,9 @@ def write_torch(path: Path, deployable: DeployablePolicy, specs: list[dict[str, 
 
 
 def torch_act(module: Callable[..., Any], specs: list[dict[str, Any]]) -> runtime.Act:
-    """Acts with a PyTorch module that takes what a :class:`DeployablePolicy` takes.
+    """The policy in a PyTorch module, as a function of named arrays.
 
-    :param module: the policy
+    :param module: takes and gives what a :class:`DeployablePolicy` does
     :param specs: of its inputs, in order
     """
 
@@ -177,18 +178,18 @@ def _program(deployable: DeployablePolicy, specs: list[dict[str, Any]]) -> th.ex
     shapes = tuple({0: th.export.Dim("batch", min=1)} for _ in specs)
     with _quiet(), th.no_grad():
         program = th.export.export(deployable, _example(specs), dynamic_shapes={"inputs": shapes})
-    for node in program.graph.nodes:  # where the code lies on this machine is nobody's business
+    for node in program.graph.nodes:  # stack traces hold paths of this machine
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _example(specs: list[dict[str, Any]]) -> tuple[th.Tensor, ...]:
-    """A batch of two: PyTorch would take a batch of one for a constant."""
+    """A batch of two zeros: PyTorch would make a constant of a batch size of one."""
     return tuple(th.zeros(2, *spec["shape"], dtype=getattr(th, spec["dtype"])) for spec in specs)
 
 
 def _tidy(graph: Any) -> None:
-    """Leave in a graph what is needed to run it: no stack traces, no names of Python classes."""
+    """Remove from a graph what it does not need to run: stack traces, names of Python classes."""
     inner = graph.graph
     for part in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.initializer):
         part.ClearField("metadata_props")
@@ -200,7 +201,7 @@ def _tidy(graph: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's exporter speaks of its own deprecations, and of torchvision, which is not needed."""
+    """Hides warnings of PyTorch's exporter about its own deprecations and about torchvision, which is not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""An export of any format, ready to act here. Robots do without: see :mod:`rpd_sb3.export.runtime`."""
+"""Loads exports of any format to evaluate them. A robot needs :mod:`rpd_sb3.export.runtime` alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_export(folder: str | Path) -> runtime.Policy:
     """The policy of an export.
 
     :param folder: of the export
-    :raises ValueError: if it is none, is damaged, or its parts do not fit
+    :raises ValueError: if it is not an export, or is damaged
     """
     manifest = runtime.read_manifest(folder)
     if manifest["format"] == "onnx":
@@ -30,7 +30,7 @@ def load_export(folder: str | Path) -> runtime.Policy:
 
 
 def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
-    """The exported policy as :class:`~rpd_sb3.episodes.play.Evaluator` wants it.
+    """The exported policy as an actor for :class:`~rpd_sb3.episodes.play.Evaluator`.
 
     As with :func:`~rpd_sb3.episodes.play.student_actor`, an observation gets the same action whatever the number of environments.
 
@@ -46,7 +46,7 @@ def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
 
 
 def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that the environment shows what the export was trained on.
+    """Check that an environment shows what the export was trained on.
 
     :param policy: the export
     :param space: the environment's observations
@@ -64,7 +64,7 @@ def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_i
 
 
 def check_acted(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that the environment takes what the export gives.
+    """Check that an environment takes the actions of the export.
 
     :param policy: the export
     :param space: the environment's actions

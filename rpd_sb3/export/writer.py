@@ -1,4 +1,4 @@
-"""One export, from the model to the finished folder: nothing is left behind unless it acts as the model does."""
+"""Writes an export. Its folder appears only if the exported policy acts as the model does."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rpd_sb3.export.loading import load_export
 from rpd_sb3.train import folder as runs
 
 TOLERANCE = 1e-5
-"""Largest difference between an action of the export and of the model, in units of the action, or of its bound if that is larger."""
+"""Largest difference allowed between actions of the export and of the model, times the action's bound where that exceeds 1."""
 N_CHECK = 16
-"""Observations that the export brings along to be checked with."""
+"""Observations kept in the export, so that it can be checked on another machine."""
 
 
 class ExportError(RuntimeError):
-    """The export would not act as the model does."""
+    """The exported policy does not act as the model does."""
 
 
 @dataclass
@@ -50,16 +50,16 @@ class Export:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Make sure that an export may be written there.
+    """Check that an export may be written to a folder.
 
     :param folder: to write
-    :param overwrite: an export that is there may be replaced
-    :raises ValueError: if something else is there, or it may not
+    :param overwrite: replace an existing export
+    :raises ValueError: if the folder is not empty, and not an export that may be replaced
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / runtime.MANIFEST).is_file():
-        raise ValueError(f"output {str(folder)!r} exists and is no export; name another folder with -o")
+        raise ValueError(f"output {str(folder)!r} exists and is not an export; name another folder with -o")
     if not overwrite:
         raise ValueError(
             f"output {str(folder)!r} holds an export already; name another folder with -o, or add --overwrite"
@@ -69,7 +69,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def write_export(
     folder: Path, export: Export, observations: dict[str, np.ndarray], environment: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write an export and make sure that it acts as the model does.
+    """Write an export and check that it acts as the model does.
 
     :param folder: to write; it appears when it is complete
     :param export: what to write
@@ -78,7 +78,7 @@ def write_export(
     :return: the manifest
     :raises ExportError: if an action differs
     """
-    with _appearing(folder) as temporary:
+    with _atomic_folder(folder) as temporary:
         deployable = DeployablePolicy(export.policy, export.tokens is not None, manifest.token_bounds(export.tokens))
         content = _content(export, deployable, environment)
         write = write_onnx if export.format == "onnx" else write_torch
@@ -103,7 +103,8 @@ def write_export(
 
 def _content(export: Export, deployable: DeployablePolicy, environment: dict[str, Any]) -> dict[str, Any]:
     """The manifest without what is measured."""
-    run, space = export.run, export.policy.action_space
+    run = export.run
+    space = export.policy.action_space
     bounds = (
         np.concatenate([space.low.flatten(), space.high.flatten()]) if isinstance(space, spaces.Box) else np.ones(1)
     )
@@ -126,7 +127,7 @@ def _content(export: Export, deployable: DeployablePolicy, environment: dict[str
 
 
 def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the model itself does: ``action``, and ``tokens`` if they stand for actions."""
+    """The model's own answers: ``action``, and ``tokens`` if they stand for actions."""
     single = not isinstance(export.policy.observation_space, spaces.Dict)
     predicted, _ = export.model.predict(
         next(iter(observations.values())) if single else observations, deterministic=True
@@ -141,10 +142,11 @@ def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str,
 def _parity(
     policy: runtime.Policy, observations: dict[str, np.ndarray], answers: dict[str, np.ndarray], tolerance: float
 ) -> dict[str, Any]:
-    """How far the export is from the model, in a batch and one by one."""
+    """Largest difference between the actions of export and model, in one batch and one by one."""
     n = len(answers["action"])
     batches = [slice(0, n), *(slice(i, i + 1) for i in range(n))]
-    difference, same = 0.0, True
+    difference = 0.0
+    same = True
     for rows in batches:
         got = policy.answer({name: array[rows] for name, array in observations.items()})
         difference = float(np.fmax(difference, np.abs(got["action"] - answers["action"][rows]).max()))
@@ -164,7 +166,7 @@ def _save_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes this one at the end; if something fails, it is removed, and the old folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")

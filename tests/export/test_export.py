@@ -158,7 +158,7 @@ def test_archive_acts_here_but_not_in_the_runtime(run: Path, pt2: Path) -> None:
     expected, _ = PPO.load(runs.load_run(run).last_model).predict(obs, deterministic=True)
     np.testing.assert_allclose(policy(obs), expected, atol=1e-5, rtol=0)
     assert not (pt2 / "runtime.py").exists()
-    with pytest.raises(ValueError, match="has format 'torch', the runtime takes onnx alone"):
+    with pytest.raises(ValueError, match="format 'torch'"):
         runtime.load(pt2)
 
 
@@ -272,7 +272,7 @@ def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(
 def test_other_folders_are_never_replaced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").touch()
     message = sentence(command(run, "-o", str(tmp_path), "--overwrite"), capsys, export)
-    assert "exists and is no export" in message
+    assert "is not an export" in message
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -296,8 +296,8 @@ def test_observations_can_come_from_a_file(run: Path, tmp_path: Path) -> None:
         ({"state": np.zeros((3, 5))}, r"state is float64 \(3, 5\), the policy takes float32 \('n', 2\)"),
         ({"state": np.zeros((0, 2))}, r"state is float64 \(0, 2\)"),
         ({"state": np.zeros((3, 2), np.int64)}, "state is int64"),
-        ({"state": np.array([{}, {}])}, "is no .npz file without pickles"),
-        (None, "is no .npz file without pickles"),
+        ({"state": np.array([{}, {}])}, "not an .npz file"),
+        (None, "not an .npz file"),
     ],
 )
 def test_observations_that_do_not_fit(
