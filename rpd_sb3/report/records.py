@@ -1,4 +1,4 @@
-"""What a run folder holds for a report; whatever a run has not left behind yet is None or empty."""
+"""The runs of a report, read from their folders; what a run has not written yet is None or empty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.train.folder import Evaluations, load_run, read_evaluations
 
-VIDEO, TEACHER_VIDEO = "video.mp4", "teacher_video.mp4"
+VIDEO = "video.mp4"
+TEACHER_VIDEO = "teacher_video.mp4"
 
 
 class Rate(NamedTuple):
@@ -26,8 +27,9 @@ class Rate(NamedTuple):
 
     @classmethod
     def of(cls, successes: np.ndarray) -> Rate:
-        """That of boolean outcomes, whatever the shape."""
-        k, n = int(successes.sum()), int(successes.size)
+        """The rate of boolean outcomes of any shape."""
+        k = int(successes.sum())
+        n = int(successes.size)
         return cls(k / n, *wilson_interval(k, n), n)
 
 
@@ -77,7 +79,7 @@ class Record(NamedTuple):
 def read_records(folders: Iterable[str]) -> list[Record]:
     """Read run folders.
 
-    :raises ValueError: if one is none, was named before, holds no evaluation, or is damaged
+    :raises ValueError: if one is not a run folder, is named twice, holds no evaluation, or is damaged
     """
     records: dict[Path, Record] = {}
     for folder in folders:
@@ -91,7 +93,7 @@ def read_records(folders: Iterable[str]) -> list[Record]:
 def read_record(folder: str) -> Record:
     """Read one run folder.
 
-    :raises ValueError: if it is none, holds no evaluation, or is damaged
+    :raises ValueError: if it is not a run folder, holds no evaluation, or is damaged
     """
     run = load_run(folder)
     path = run.folder
