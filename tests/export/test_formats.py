@@ -149,6 +149,7 @@ def _changed(old: str, new: str) -> Callable[[Members], None]:
         (_changed("torch.ops.aten.relu.default", "torch.os.system"), "torch.os.system"),
         (_changed("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"), "from_file"),
         (_changed("builtins.dict", "collections.defaultdict"), "collections.defaultdict"),
+        (_changed('\\"type\\": \\"builtins.dict', '\\"\\\\u0074ype\\":\\"os.path'), "os.path"),
         (lambda members: members.pop("models/model.json"), "can load"),
     ],
 )
