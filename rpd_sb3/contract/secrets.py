@@ -10,7 +10,10 @@ from urllib.parse import unquote
 
 MASK = "REDACTED"
 """Stands where a secret was. YAML, shells and URLs take it without quotes."""
-NOT_SECRET = frozenset({"unnorm", "image", "camera", "state", "obs", "observation", "action", "dataset", "instruction"})
+NOT_SECRET = frozenset(
+    {*("unnorm", "dataset", "instruction", "image", "rgb", "depth", "camera", "state", "proprio", "obs", "observation")}
+    | {*("action", "goal", "reward", "info", "label", "sort")}
+)
 """Words before ``key`` that make it a key of data: ``unnorm_key`` names the statistics of a data set."""
 
 _ANNOUNCES = re.compile(

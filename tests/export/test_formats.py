@@ -31,6 +31,7 @@ from rpd_sb3.export.formats import (
 )
 from rpd_sb3.students import TokenPolicy
 from tests.cli.test_install import BLOCK
+from tests.export.conftest import Exported
 from tests.support import ROOT
 from tests.support.export_helpers import ACTION, IMAGE, POLICIES, STATE, TOKENS, make_policy, observations
 
@@ -44,13 +45,10 @@ def predict(policy: ActorCriticPolicy, batch: dict[str, np.ndarray]) -> np.ndarr
     return policy.predict(obs, deterministic=True)[0]
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def archive(exported: Exported) -> Path:
     """A policy that sees an image and a state, as PyTorch archive."""
-    path = tmp_path_factory.mktemp("archive") / "policy.pt2"
-    policy = POLICIES["both"]()
-    write_torch(path, DeployablePolicy(policy), input_specs(policy.observation_space))
-    return path
+    return exported(write_torch, "both")
 
 
 def graph_of(path: Path) -> Any:
@@ -58,12 +56,10 @@ def graph_of(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
+def test_onnx_acts_as_sb3_predicts(kind: str, exported: Exported) -> None:
     policy = POLICIES[kind]()
-    specs = input_specs(policy.observation_space)
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), specs)
-    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
-    batch = observations(specs)
+    session = onnxruntime.InferenceSession(exported(write_onnx, kind), providers=["CPUExecutionProvider"])
+    batch = observations(input_specs(policy.observation_space))
     expected = predict(policy, batch)
     assert len(np.unique(expected)) >= 2
     if kind == "vector":  # some are clipped
@@ -75,10 +71,10 @@ def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["compact", "image", "both", "autoregressive"])
-def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Path) -> None:
+def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, exported: Exported) -> None:
     policy = POLICIES[kind]()
     specs = input_specs(policy.observation_space)
-    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
+    path = exported(write_torch, kind)
     forbidden = mock.Mock(side_effect=AssertionError("something is unpickled"))
     with (
         mock.patch("pickle.load", forbidden),
@@ -86,16 +82,15 @@ def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Pat
         mock.patch("pickle.Unpickler", forbidden),
         mock.patch("torch._weights_only_unpickler.load", forbidden),
     ):
-        act = torch_act(load_torch(tmp_path / "policy.pt2"), specs)
+        act = torch_act(load_torch(path), specs)
     batch = observations(specs)
     np.testing.assert_allclose(act(batch)["action"], predict(policy, batch), atol=1e-5, rtol=0)
 
 
-def test_pt2_runs_without_this_library(tmp_path: Path) -> None:
+def test_pt2_runs_without_this_library(exported: Exported, tmp_path: Path) -> None:
     policy = POLICIES["vector"]()
-    specs = input_specs(policy.observation_space)
-    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
-    batch = observations(specs)
+    shutil.copy(exported(write_torch, "vector"), tmp_path)
+    batch = observations(input_specs(policy.observation_space))
     np.save(tmp_path / "obs.npy", batch["state"])
     code = BLOCK.format(absent=["rpd_sb3", "stable_baselines3", "gymnasium"]) + (
         "import numpy as np, torch\n"
@@ -190,22 +185,20 @@ def test_tokens_become_the_actions_that_the_environment_takes(kind: str, bounds:
     assert np.array_equal(action.numpy(), to_actions(tokens, 8, bounds).clip(-1.0, 1.0))  # as ActionTokens acts
 
 
-def test_image_graph_is_small(tmp_path: Path) -> None:
-    """One transposition and one cast, for the image; weights of the value function stay at home."""
+def test_image_graph_is_small(exported: Exported) -> None:
+    """One transposition and one cast, for the image; weights of the value function are left out."""
     policy = POLICIES["image"]()
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(IMAGE))
-    operators = [node.op_type for node in graph_of(tmp_path / "policy.onnx").node]
+    path = exported(write_onnx, "image")
+    operators = [node.op_type for node in graph_of(path).node]
     assert (operators.count("Cast"), operators.count("Transpose"), operators.count("Conv")) == (1, 1, 3)
     assert len(operators) <= 17
     numbers = numbers_of_parameters(DeployablePolicy(policy), policy)
     assert numbers["policy"] < numbers["total"] == sum(parameter.numel() for parameter in policy.parameters())
-    assert (tmp_path / "policy.onnx").stat().st_size < 4 * numbers["policy"] + 5000
+    assert path.stat().st_size < 4 * numbers["policy"] + 5000
 
 
-def test_graph_has_named_inputs_and_any_batch(tmp_path: Path) -> None:
-    policy = POLICIES["both"]()
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(policy.observation_space))
-    graph = graph_of(tmp_path / "policy.onnx")
+def test_graph_has_named_inputs_and_any_batch(exported: Exported) -> None:
+    graph = graph_of(exported(write_onnx, "both"))
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -214,9 +207,8 @@ def test_graph_has_named_inputs_and_any_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_onnx, write_torch])
-def test_no_path_of_this_machine_is_written(write: Any, tmp_path: Path) -> None:
-    write(tmp_path / "policy", DeployablePolicy(POLICIES["vector"]()), input_specs(STATE))
-    content = (tmp_path / "policy").read_bytes()
+def test_no_path_of_this_machine_is_written(write: Any, exported: Exported) -> None:
+    content = exported(write, "vector").read_bytes()
     assert str(ROOT).encode() not in content
     assert b".py" not in content
 

@@ -18,11 +18,12 @@ import pytest
 
 from rpd_sb3.export import runtime
 from rpd_sb3.export.card import write_package
-from rpd_sb3.export.deploy import DeployablePolicy, input_specs
+from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.formats import write_onnx
 from rpd_sb3.export.manifest import action_spec, file_facts, versions
 from rpd_sb3.train.folder import write_json
 from tests.cli.test_install import BLOCK
+from tests.export.conftest import Exported
 from tests.support import ROOT
 from tests.support.export_helpers import POLICIES, change_manifest, observations
 
@@ -32,13 +33,13 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a policy that sees an image and a state, ``robot_policy``."""
     folder = tmp_path_factory.mktemp("exports") / "robot"
     folder.mkdir()
     policy = POLICIES["both"]()
     specs = input_specs(policy.observation_space)
-    write_onnx(folder / "policy.onnx", DeployablePolicy(policy), specs)
+    shutil.copy(exported(write_onnx, "both"), folder)
     batch = observations(specs, n=4)
     actions, _ = policy.predict(batch, deterministic=True)
     np.savez(folder / "check.npz", action=actions, **{"obs/" + name: array for name, array in batch.items()})
@@ -204,7 +205,7 @@ def test_manifest_that_is_none(text: str, copied: Path) -> None:
 def test_truncated_graph(keep: int, hash_fits: bool, copied: Path) -> None:
     graph = copied / "policy.onnx"
     graph.write_bytes(graph.read_bytes()[:keep])
-    if hash_fits:  # somebody has repaired the manifest, but not the graph
+    if hash_fits:
         change_manifest(copied, lambda manifest: manifest["files"].update(file_facts(copied)))
     with pytest.raises(ValueError, match="is not a policy that onnxruntime can run" if hash_fits else "is damaged"):
         runtime.load(copied)
