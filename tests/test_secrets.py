@@ -25,7 +25,7 @@ from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.train import __main__ as train
 from rpd_sb3.train.folder import load_run
 from tests.cli.test_cli import QUICK, SMALL, sentence
-from tests.support.serving_helpers import serving
+from tests.support.serving_helpers import free_port, serving
 from tests.support.tiny_env import TINY
 
 SECRET = re.compile(r"hunter\d+")
@@ -155,3 +155,9 @@ def test_a_resumed_run_asks_for_its_secret_again(
     assert secrets_in(tmp_path) == {}
     run = load_run(tmp_path / "rpd_ppo" / RUN)
     assert MASK in str(run.config["teacher"] if way == "user info" else run.config["teacher_kwargs"]["token"])
+
+
+def test_a_message_does_not_repeat_a_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = sentence(rpd(tmp_path, f"http://me:hunter1@127.0.0.1:{free_port()}", *SMALL), capsys)
+    assert f"http://{MASK}@127.0.0.1" in message
+    assert not SECRET.search(message)
