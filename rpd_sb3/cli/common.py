@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
 
 from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.secrets import redact_urls
 
 USER_ERROR, RUN_ERROR = 2, 1
 """Exit codes: nothing was started; something failed on the way. 128 + n after signal n."""
@@ -136,8 +137,8 @@ def check_training_side() -> None:
 
 
 def print_error(error: BaseException) -> None:
-    """``error: <message>`` on stderr, in one line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """``error: <message>`` on stderr, in one line, without secrets in URLs."""
+    print(f"error: {redact_urls(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
 
 
 class Job(Protocol):

@@ -18,6 +18,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from rpd_sb3.contract.secrets import redact
+
 Observation = np.ndarray | dict[str, np.ndarray]
 
 SUFFIXES = (".npz", ".hdf5", ".h5")
@@ -95,7 +97,7 @@ def check_suffix(path: Path) -> None:
 
 
 def save(path: str | Path, demos: Demonstrations) -> None:
-    """Write demonstrations; a file of that name is replaced only by a complete one.
+    """Write demonstrations, without secrets in their metadata; a file of that name is replaced only by a complete one.
 
     ``.npz`` holds the fields under their names, entries of a dict as ``observations/<key>``, metadata as JSON. ``.hdf5``
     and ``.h5`` have robomimic's layout: ``data/demo_i`` with ``actions``, ``rewards``, ``dones`` and ``obs/<key>``, where
@@ -107,6 +109,7 @@ def save(path: str | Path, demos: Demonstrations) -> None:
     """
     check_suffix(path := Path(path))
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    demos = demos._replace(metadata=redact(demos.metadata))
     (_save_npz if path.suffix == ".npz" else _save_hdf5)(temporary, demos)
     os.replace(temporary, path)
 

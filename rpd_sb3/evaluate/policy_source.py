@@ -9,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.cli.config import merge, parse_pairs
+from rpd_sb3.contract.secrets import redact
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs.factory import check_env_id
 from rpd_sb3.episodes.play import Actor, student_actor, teacher_actor
@@ -66,7 +67,7 @@ def _open_teacher(args: Any, env_kwargs: dict[str, Any], closing: ExitStack) -> 
     teacher_kwargs = parse_pairs(args.teacher_kwargs, "--teacher-kwargs")
     teacher = open_teacher(args.teacher, args.env, teacher_kwargs, closing)
     probe(args.env, env_kwargs, teacher)
-    return NamedPolicy(f"teacher {args.teacher}", teacher, args.env, env_kwargs)
+    return NamedPolicy(f"teacher {redact(args.teacher)}", teacher, args.env, env_kwargs)
 
 
 def _load_export(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:

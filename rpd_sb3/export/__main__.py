@@ -11,7 +11,7 @@ from typing import Any
 
 from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, check_training_side, print_error, run_command
 
-NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": (), "safetensors": ("safetensors",)}
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": ()}
 """Packages that a format needs besides those of training."""
 
 
@@ -23,9 +23,11 @@ def make_parser() -> Parser:
     add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
     add("--format", choices=tuple(NEEDS), default="onnx", help="what to write [onnx]")
     add("-o", "--output", metavar="DIR", help="folder to write [RUN_DIR/export_FORMAT]")
-    add("--overwrite", action="store_true", help="replace an export that is there")
+    add("--overwrite", action="store_true", help="replace an existing export")
     add(
-        "--observations", metavar="FILE", help="compare on those of an .npz file, instead of playing in the environment"
+        "--observations",
+        metavar="FILE",
+        help="compare on the observations of an .npz file instead of playing in the environment",
     )
     add("--push-to-hub", metavar="USER/NAME", help="upload to Hugging Face, with HF_TOKEN")
     return parser
@@ -34,7 +36,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, and return the exit code: 2 for a mistake of the user's, 1 if the export failed, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: Job(check(argv), argv))
+    return run_command(lambda: ExportCommand(check(argv), argv))
 
 
 def check(argv: Sequence[str]) -> Any:
@@ -45,25 +47,28 @@ def check(argv: Sequence[str]) -> Any:
     check_training_side()
     args = make_parser().parse_args(argv)
     if args.run is None:
-        raise ValueError("--run is missing: whose student shall be exported, e.g. --run logs/rpd_ppo/PickCube-v1_1")
+        raise ValueError(
+            "--run is missing: name the run whose student to export, e.g. --run logs/rpd_ppo/PickCube-v1_1"
+        )
     missing = [name for name in NEEDS[args.format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--format {args.format} needs {', '.join(missing)}: pip install 'rpd_sb3[export]'")
     return args
 
 
-class Job:
-    """One export, built and ready to run.
+class ExportCommand:
+    """An export, checked and ready to run.
 
     :param args: of :func:`check`
-    :param argv: words of the command line, to be written down
-    :raises ValueError: for any mistake of the user's
+    :param argv: words of the command line, to be written into the manifest
+    :raises ValueError: for a user's mistake
     """
 
     def __init__(self, args: Any, argv: Sequence[str]) -> None:
+        from rpd_sb3.contract.secrets import redact
         from rpd_sb3.export.deploy import check_exportable
         from rpd_sb3.export.hub import check_upload
-        from rpd_sb3.export.manifest import token_spec, without_secrets
+        from rpd_sb3.export.manifest import run_facts, token_spec
         from rpd_sb3.export.observations import with_image_size
         from rpd_sb3.export.writer import Export, check_folder
         from rpd_sb3.students.device import set_threads
@@ -84,12 +89,12 @@ class Job:
         self.env_id = run.args["env"]
         self.env_kwargs = with_image_size(self.env_id, run.config.get("env_kwargs", {}), policy.observation_space)
         tokens = token_spec(self.env_kwargs, policy.action_space)
-        command = without_secrets(shlex.join(["python", "-m", "rpd_sb3.export", *argv]))
-        self.export = Export(run, model, policy, path, args.model, args.format, tokens, command)
-        self.observations = self._read_or_probe()
+        command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *argv]))
+        self.export = Export(run, model, policy, run_facts(run, path, args.model), args.format, tokens, command)
+        self.observations = self._read_or_probe(str(path))
 
-    def _read_or_probe(self) -> Any:
-        """The observations of a file; without one, make sure that the environment shows what the policy knows."""
+    def _read_or_probe(self, name: str) -> Any:
+        """The observations of ``--observations``; without, None, and the environment is checked to show what the policy observes."""
         from rpd_sb3.envs.factory import check_env_id
         from rpd_sb3.export.deploy import input_specs
         from rpd_sb3.export.observations import read
@@ -101,7 +106,7 @@ class Job:
         check_env_id(self.env_id)
         shown = probe(self.env_id, self.env_kwargs, None)
         try:
-            check_observations(self.export.model, shown, str(self.export.model_file), self.env_id)
+            check_observations(self.export.model, shown, name, self.env_id)
         except ValueError as error:
             raise ValueError(f"{error}; give observations with --observations FILE.npz") from error
         return None
@@ -112,7 +117,8 @@ class Job:
         from rpd_sb3.export.observations import facts_of_config, record_observations
         from rpd_sb3.export.writer import ExportError, write_export
 
-        observations, environment = self.observations, facts_of_config(self.env_id, self.env_kwargs)
+        observations = self.observations
+        environment = facts_of_config(self.env_id, self.env_kwargs)
         if observations is None:
             observations, environment = record_observations(self.env_id, self.env_kwargs, self.export.model)
         try:
@@ -120,7 +126,7 @@ class Job:
             self._show(manifest)
             if self.token is not None:
                 print(upload(self.folder, self.args.push_to_hub, self.token))
-        except (ExportError, UploadError) as error:
+        except (ExportError, UploadError, OSError) as error:
             print_error(error)
             return RUN_ERROR
         print(self.folder, flush=True)
@@ -128,11 +134,12 @@ class Job:
 
     def _show(self, manifest: dict[str, Any]) -> None:
         from rpd_sb3.export.formats import FILES
-        from rpd_sb3.export.runtime import summary
+        from rpd_sb3.export.runtime import manifest_text
 
-        parity, latency = manifest["parity"], manifest["latency_ms"]
+        parity = manifest["parity"]
+        latency = manifest["latency_ms"]
         file = self.folder / FILES[self.args.format]
-        print(summary(manifest))
+        print(manifest_text(manifest))
         print(f"parity   {parity['max_abs_error']:.1e} at most, on {parity['n_observations']} observations")
         print(
             f"size     {manifest['parameters']['policy']:,} parameters, {file.name} {file.stat().st_size / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""What stands next to an exported policy: the model card, the figures, and what makes the folder a Python package."""
+"""The files next to an exported policy: model card, figures, and what makes the folder a Python package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpd_sb3.export import runtime
 from rpd_sb3.export.formats import FILES
 
 FIGURES = {"learning_curve.png": "learning_curve.png", "video.mp4": "replay.mp4"}
-"""Files of a run and their names in the export; Hugging Face shows ``replay.mp4`` next to the card."""
+"""Files of a run to their names in the export; Hugging Face shows ``replay.mp4`` next to the card."""
 
 PYPROJECT = """\
 [build-system]
@@ -53,7 +53,7 @@ SNIPPETS = {
 # pip install numpy onnxruntime
 import numpy as np
 
-from runtime import load  # runtime.py lies in this folder; after `pip install .`: from {name} import load_policy
+from runtime import load  # runtime.py of this folder; after `pip install .`: from {name} import load_policy
 
 policy = load(".")
 action = policy({example})
@@ -65,15 +65,6 @@ import torch
 policy = torch.export.load("policy.pt2").module()
 with torch.no_grad():
     {outputs} = policy({batch})
-""",
-    "safetensors": """\
-# pip install rpd_sb3
-import numpy as np
-
-from rpd_sb3.export.loading import load_export
-
-policy = load_export(".")
-action = policy({example})
 """,
 }
 
@@ -97,7 +88,7 @@ def write_package(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def copy_figures(run: Path, folder: Path) -> None:
-    """The run's learning curve and video, where there are such.
+    """Copy the run's learning curve and video, if it has them.
 
     :param run: folder of the run
     :param folder: of the export
@@ -108,13 +99,14 @@ def copy_figures(run: Path, folder: Path) -> None:
 
 
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
-    """``README.md``, as Hugging Face wants it; needs no network.
+    """Write ``README.md`` as a model card of Hugging Face; needs no network.
 
     :param folder: of the export
-    :param manifest: complete but for the hashes
+    :param manifest: all but ``files``
     """
     front = yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True)
-    environment, instruction = manifest["environment"], manifest["environment"].get("instruction")
+    environment = manifest["environment"]
+    instruction = environment.get("instruction")
     teacher = manifest["teacher"]
     parts = [
         f"---\n{front}---",
@@ -128,14 +120,14 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         "## Use",
         f"```python\n{snippet(manifest)}```",
         _USAGE[manifest["format"]],
-        "## What it sees and does",
+        "## Inputs and outputs",
         _inputs(manifest),
-        "## How good it is",
+        "## Success",
         _success(manifest),
     ]
     if (folder / "learning_curve.png").is_file():
         parts.append("![Success of the student over environment steps](learning_curve.png)")
-    parts += ["## Where it comes from", _origin(manifest)]
+    parts += ["## Training and export", _origin(manifest)]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -156,11 +148,9 @@ def snippet(manifest: dict[str, Any]) -> str:
 _USAGE = {
     "onnx": "One observation or a batch `(n, ...)`; images are uint8, channels last, as a camera gives them. "
     "`python runtime.py` checks the policy on your machine against recorded observations and times it; "
-    "`policy.json` holds everything below for programs.",
+    "`policy.json` says all of this in JSON.",
     "torch": "Batches `(n, ...)` of each input, in this order; images are uint8, channels last, as a camera gives them. "
-    "`policy.json` holds everything below for programs.",
-    "safetensors": "One observation or a batch `(n, ...)`; images are uint8, channels last, as a camera gives them. "
-    "`policy.json` holds the policy's class, arguments and spaces, and everything below for programs.",
+    "`policy.json` says all of this in JSON.",
 }
 
 
@@ -187,14 +177,15 @@ def _front_matter(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _literal(values: dict[str, str]) -> str:
-    """Source of the only value, or of a mapping."""
+    """Python source of a mapping, or of its only value."""
     if len(values) == 1:
         return next(iter(values.values()))
     return "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
 
 
 def _inputs(manifest: dict[str, Any]) -> str:
-    environment, action = manifest["environment"], manifest["action"]
+    environment = manifest["environment"]
+    action = manifest["action"]
     lines = ["| | name | shape | dtype | |", "|---|---|---|---|---|"]
     for spec in manifest["observation"]:
         meaning = environment.get("state") if spec["name"] == "state" else None
@@ -240,13 +231,14 @@ def _success(manifest: dict[str, Any]) -> str:
 
 
 def _origin(manifest: dict[str, Any]) -> str:
-    training, parity = manifest["training"], manifest["parity"]
+    training = manifest["training"]
+    parity = manifest["parity"]
     lines = [
         f"- {training['env_steps']:,} environment steps, seed {training['seed']}, the {training['model']} model of its run",
         *([f"- trained with: `{training['command']}`"] if training["command"] else []),
         f"- exported with: `{manifest['command']}`",
-        f"- on {parity['n_observations']} observations its actions differ by at most {parity['max_abs_error']:.1e} from the "
-        "model's that was trained",
+        f"- on {parity['n_observations']} observations its actions differ by at most {parity['max_abs_error']:.1e} from "
+        "those of the trained model",
         f"- `{FILES[manifest['format']]}`, made with "
         + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
     ]

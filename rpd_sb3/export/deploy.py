@@ -1,4 +1,4 @@
-"""A trained policy as one plain module: from what a camera and a robot give to what the robot does.
+"""A trained policy as one module, from raw observations to actions of the environment.
 
 Shape letters: B batch, A action dimensions, K tokens of an action, V bins of a token.
 """
@@ -21,11 +21,11 @@ from rpd_sb3.students import AutoregressivePolicy, TokenPolicy
 
 
 def check_exportable(model: BaseAlgorithm, name: str) -> ActorCriticPolicy:
-    """The policy of a model, if it can be a graph without a memory and without chance.
+    """The policy of a model, checked to be a deterministic function of one observation.
 
     :param model: a trained model
     :param name: shown in messages
-    :raises ValueError: if it cannot
+    :raises ValueError: if it is not, or observes anything but images and vectors
     """
     policy: Any = model.policy
     if hasattr(policy, "lstm_actor"):
@@ -62,7 +62,7 @@ def is_channels_first(space: spaces.Space) -> bool:
 
 
 def input_specs(space: spaces.Space) -> list[dict[str, Any]]:
-    """What the inputs of the exported policy look like, ready for JSON.
+    """A description of the inputs of the exported policy, ready for JSON.
 
     :param space: observation space of the policy; images are channels last in the result, as cameras give them
     :return: ``name``, ``shape``, ``dtype``, ``layout``, ``low`` and ``high`` (null: unbounded) of each input
@@ -125,7 +125,8 @@ class DeployablePolicy(nn.Module):
 
     def __init__(self, policy: ActorCriticPolicy, acts_with_tokens: bool = False, bounds: Bounds | None = None) -> None:
         super().__init__()
-        self.observation_space, self.normalize_images = policy.observation_space, policy.normalize_images
+        self.observation_space = policy.observation_space
+        self.normalize_images = policy.normalize_images
         self.features_extractor = policy.pi_features_extractor
         self.latent = policy.mlp_extractor.policy_net
         self.head: nn.Module = _Greedy(policy)
@@ -135,7 +136,7 @@ class DeployablePolicy(nn.Module):
         self.eval()
 
     def forward(self, *inputs: th.Tensor) -> tuple[th.Tensor, ...]:
-        """What to do.
+        """Actions for a batch of observations.
 
         :param inputs: in the order of :func:`input_specs`: uint8 images ``(B, H, W, C)``, others ``(B, ...)``. Not a mapping:
             PyTorch's archives go by its order, whatever its keys are
@@ -145,8 +146,8 @@ class DeployablePolicy(nn.Module):
         several = isinstance(space, spaces.Dict)
         observation: Any = dict(zip(input_spaces(space), inputs)) if several else inputs[0]
         observation = _channels_first(observation, space)
-        normalised: Any = preprocess_obs(observation, space, normalize_images=self.normalize_images)
-        return self.head(self.latent(self.features_extractor(normalised)))
+        preprocessed: Any = preprocess_obs(observation, space, normalize_images=self.normalize_images)
+        return self.head(self.latent(self.features_extractor(preprocessed)))
 
 
 def _channels_first(observation: Any, space: spaces.Space) -> Any:
@@ -198,7 +199,7 @@ class _Greedy(nn.Module):
 
 
 class _Detokenised(nn.Module):
-    """Tokens ``(B, K)``, and the actions that they stand for in the environment.
+    """Gives tokens ``(B, K)``, and the actions that they stand for in the environment.
 
     :param greedy: gives the tokens
     :param space: MultiDiscrete([V] * K)
@@ -211,7 +212,8 @@ class _Detokenised(nn.Module):
     def __init__(self, greedy: nn.Module, space: spaces.MultiDiscrete, bounds: Bounds | None) -> None:
         super().__init__()
         self.greedy = greedy
-        n_tokens, n_bins = len(space.nvec), int(space.nvec[0])
+        n_tokens = len(space.nvec)
+        n_bins = int(space.nvec[0])
         every = np.repeat(np.arange(n_bins)[:, None], n_tokens, axis=1)
         actions = to_clipped_actions(every, n_bins, bounds)  # (V, K)
         self.register_buffer("table", th.from_numpy(actions.T.reshape(-1, 1).copy()))

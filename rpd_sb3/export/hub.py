@@ -17,7 +17,7 @@ def check_upload(repo_id: str) -> str:
     """The token to upload with.
 
     :param repo_id: ``USER/NAME``
-    :raises ValueError: if there is none, the name cannot be one, or huggingface_hub is not installed
+    :raises ValueError: if there is no token, ``repo_id`` is not of that form, or huggingface_hub is not installed
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"--push-to-hub {repo_id!r} must be of the form USER/NAME, e.g. --push-to-hub me/pushcube")
@@ -32,13 +32,13 @@ def check_upload(repo_id: str) -> str:
 
 
 def upload(folder: Path, repo_id: str, token: str) -> str:
-    """Upload an export as a model; nothing but its own files.
+    """Upload the files of an export as a model.
 
     :param folder: of the export
     :param repo_id: ``USER/NAME``
     :param token: of :func:`check_upload`
-    :return: where it is
-    :raises UploadError: if it does not work
+    :return: its address
+    :raises UploadError: if it fails
     """
     from huggingface_hub import HfApi
 

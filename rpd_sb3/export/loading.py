@@ -1,4 +1,4 @@
-"""An export of any format, ready to act here. Robots do without: see :mod:`rpd_sb3.export.runtime`."""
+"""Loads exports of any format to evaluate them. A robot needs :mod:`rpd_sb3.export.runtime` alone."""
 
 from __future__ import annotations
 
@@ -9,43 +9,28 @@ import numpy as np
 from gymnasium import spaces
 
 from rpd_sb3.episodes.play import Actor, pad_to_multiple_of_8
-from rpd_sb3.export import architecture, runtime
-from rpd_sb3.export.deploy import DeployablePolicy, camera_view, input_spaces, input_specs
-from rpd_sb3.export.formats import FILES, load_safetensors, load_torch, torch_act
-from rpd_sb3.export.manifest import token_bounds
+from rpd_sb3.export import runtime
+from rpd_sb3.export.deploy import camera_view, input_spaces, input_specs
+from rpd_sb3.export.formats import FILES, load_torch, torch_act
 
 
 def load_export(folder: str | Path) -> runtime.Policy:
     """The policy of an export.
 
     :param folder: of the export
-    :raises ValueError: if it is none, is damaged, or its parts do not fit
+    :raises ValueError: if it is not an export, or is damaged
     """
     manifest = runtime.read_manifest(folder)
     if manifest["format"] == "onnx":
         return runtime.load(folder)
-    return runtime.Policy(folder, manifest, _act(Path(folder), manifest))
-
-
-def _act(folder: Path, manifest: dict[str, Any]) -> runtime.Act:
     if manifest["format"] not in FILES:
         raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}; known are {', '.join(FILES)}")
     path = runtime.checked_file(folder, manifest, FILES[manifest["format"]])
-    specs = manifest["observation"]
-    if manifest["format"] == "torch":
-        return torch_act(load_torch(path), specs)
-    tokens = manifest.get("tokens")
-    policy = architecture.build(manifest.get("policy"), str(folder / runtime.MANIFEST))
-    load_safetensors(path, policy)
-    if [spec["shape"] for spec in input_specs(policy.observation_space)] != [spec["shape"] for spec in specs]:
-        raise ValueError(
-            f"{str(folder / runtime.MANIFEST)!r}: observation and policy are of different shapes; export the run again"
-        )
-    return torch_act(DeployablePolicy(policy, tokens is not None, token_bounds(tokens)), specs)
+    return runtime.Policy(folder, manifest, torch_act(load_torch(path), manifest["observation"]))
 
 
 def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
-    """The exported policy as :class:`~rpd_sb3.episodes.play.Evaluator` wants it.
+    """The exported policy as an actor for :class:`~rpd_sb3.episodes.play.Evaluator`.
 
     As with :func:`~rpd_sb3.episodes.play.student_actor`, an observation gets the same action whatever the number of environments.
 
@@ -61,7 +46,7 @@ def export_actor(policy: runtime.Policy, space: spaces.Space) -> Actor:
 
 
 def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that the environment shows what the export was trained on.
+    """Check that an environment shows what the export was trained on.
 
     :param policy: the export
     :param space: the environment's observations
@@ -79,7 +64,7 @@ def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_i
 
 
 def check_acted(policy: runtime.Policy, space: spaces.Space, name: str, env_id: str) -> None:
-    """Make sure that the environment takes what the export gives.
+    """Check that an environment takes the actions of the export.
 
     :param policy: the export
     :param space: the environment's actions

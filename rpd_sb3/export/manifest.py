@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds
@@ -19,10 +17,6 @@ from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.observations import POSE_ACTION
 from rpd_sb3.train import folder as runs
-
-PACKAGES = ("onnx", "onnxruntime", "onnxscript", "safetensors")
-SECRETS = ("token",)
-"""Options of teachers that are nobody else's business."""
 
 
 def package_name(env_id: str, algo: str) -> str:
@@ -76,6 +70,21 @@ def action_spec(space: spaces.Space, tokens: Mapping[str, Any] | None, control_m
     return {"shape": shape, "dtype": "int64", "low": 0, "high": high if shape else high[0], "names": None}
 
 
+def run_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
+    """What the manifest says of the run: ``teacher``, ``training`` and ``success``.
+
+    :param run: its run
+    :param model_file: the model exported
+    :param which: ``best`` or ``last``
+    :raises ValueError: if a file of the run is damaged
+    """
+    return {
+        "teacher": teacher_facts(run),
+        "training": training_facts(run, model_file, which),
+        "success": success_facts(run, model_file, which),
+    }
+
+
 def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
     """What the policy was trained on.
 
@@ -83,10 +92,8 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
     :param model_file: the model exported
     :param which: ``best`` or ``last``
     """
-    result = _read_yaml(run.folder / "result.json")
-    versions = _read_yaml(run.folder / "versions.yml")
-    lines = run.folder / "command.txt"
-    command = lines.read_text(encoding="utf-8").strip() if lines.is_file() else None
+    result = run.result
+    versions = run.versions
     return {
         "algorithm": run.args["algo"],
         "model": which,
@@ -98,7 +105,7 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
         "seed": run.args.get("seed"),
         "git_commit": versions.get("git_commit"),
         "versions": {key: versions[key] for key in ("rpd_sb3", "torch", "stable-baselines3") if key in versions},
-        "command": None if command is None else without_secrets(command),
+        "command": "\n".join(run.commands) or None,
     }
 
 
@@ -106,13 +113,7 @@ def teacher_facts(run: runs.SavedRun) -> dict[str, Any] | None:
     """The teacher's name and options."""
     if run.config.get("teacher") is None:
         return None
-    kwargs = {key: value for key, value in run.config.get("teacher_kwargs", {}).items() if key not in SECRETS}
-    return {"name": run.config["teacher"], "kwargs": kwargs}
-
-
-def without_secrets(command: str) -> str:
-    """A command line without the tokens in it."""
-    return re.sub(rf"\b({'|'.join(SECRETS)}):\S+", r"\1:...", command)
+    return {"name": run.config["teacher"], "kwargs": run.config.get("teacher_kwargs", {})}
 
 
 def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str,
     :param which: ``best`` or ``last``
     :return: ``student`` and ``teacher``, None where nothing was measured
     """
-    student = _evaluation_at(run.folder / "evaluations.npz", runs.timesteps(model_file))
+    student = _evaluation_at(run.folder, runs.timesteps(model_file))
     if student is not None:
         student["model"] = which
         if which == "best" and student["n_evaluations"] > 1:
@@ -131,33 +132,30 @@ def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str,
                 f"the best of {student['n_evaluations']} evaluations, which is optimistic: a fresh evaluation is "
                 "python -m rpd_sb3.evaluate --export"
             )
-    return {"student": student, "teacher": _read_yaml(run.folder / "result.json").get("teacher")}
+    return {"student": student, "teacher": run.result.get("teacher")}
 
 
-def _evaluation_at(path: Path, timesteps: int) -> dict[str, Any] | None:
-    if not path.is_file():
+def _evaluation_at(folder: Path, timesteps: int) -> dict[str, Any] | None:
+    evaluations = runs.read_evaluations(folder)
+    if evaluations is None or timesteps not in evaluations.timesteps:
         return None
-    arrays = runtime.read_arrays(path)
-    rows = np.flatnonzero(arrays["timesteps"] == timesteps)
-    if not len(rows):
-        return None
-    row = rows[-1]
-    n = len(arrays["results"][row])
+    row = np.flatnonzero(evaluations.timesteps == timesteps)[-1]
+    n = len(evaluations.returns[row])
     result: dict[str, Any] = {
         "success_once": None,
         "success_at_end": None,
         "n_episodes": n,
         "ci95": None,
-        "mean_return": float(arrays["results"][row].mean()),
-        "mean_length": float(arrays["ep_lengths"][row].mean()),
+        "mean_return": float(evaluations.returns[row].mean()),
+        "mean_length": float(evaluations.lengths[row].mean()),
         "timesteps": timesteps,
-        "n_evaluations": len(arrays["timesteps"]),
+        "n_evaluations": len(evaluations.timesteps),
     }
-    if "successes" in arrays:
-        k = int(arrays["successes"][row].sum())
+    if evaluations.once is not None and evaluations.at_end is not None:
+        k = int(evaluations.once[row].sum())
         result |= {
             "success_once": k / n,
-            "success_at_end": float(arrays["successes_at_end"][row].mean()),
+            "success_at_end": float(evaluations.at_end[row].mean()),
             "ci95": list(wilson_interval(k, n)),
         }
     return result
@@ -165,13 +163,8 @@ def _evaluation_at(path: Path, timesteps: int) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of what the export was made with; the machine's name is not among them."""
-    found = {key: value for key, value in runs.versions().items() if key != "platform"}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = runs.versions((*runs.PACKAGES, "onnx", "onnxruntime", "onnxscript"))
+    return {key: value for key, value in found.items() if key != "platform"}
 
 
 def file_facts(folder: Path) -> dict[str, Any]:
@@ -181,8 +174,3 @@ def file_facts(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != runtime.MANIFEST
     }
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of the run; empty if it is not there, e.g. after an interruption."""
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}

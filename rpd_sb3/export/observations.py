@@ -1,4 +1,4 @@
-"""Observations to compare policies on, and what the environment says about itself."""
+"""The observations that an export is compared on, and facts about its environment."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rpd_sb3.export.deploy import camera_view, input_spaces
 
 N_OBSERVATIONS = 256
 SEED = 30_000
-"""Of the first episode that observations are recorded in: neither one of training nor one of evaluation."""
+"""Seed of the first episode that observations are recorded in; training and evaluation use others."""
 POSE_ACTION = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
 PROPRIOCEPTION = "9 joint positions, 9 joint velocities, position and quaternion (w x y z) of the tool centre point"
 
 
 class Recorded(NamedTuple):
-    """What the policy has seen while it played."""
+    """Observations of episodes that the policy has played, and facts about the environment."""
 
     observations: dict[str, np.ndarray]
     """Input name to ``(n, ...)``; images channels last."""
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 
 
 def with_image_size(env_id: str, env_kwargs: Mapping[str, Any], space: spaces.Space) -> dict[str, Any]:
-    """The options with the size of the policy's images written out, which otherwise depends on the teacher's.
+    """The options with ``image_size`` written out, which otherwise depends on the teacher's images.
 
     :param env_id: environment of the run
     :param env_kwargs: options of the run
@@ -88,19 +88,21 @@ def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, 
     :param path: the file
     :param names: of the inputs
     :param specs: of the inputs
-    :raises ValueError: if it is no such file, or its arrays do not fit
+    :raises ValueError: if it is not such a file, or its arrays do not fit
     """
     try:
         arrays = runtime.read_arrays(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--observations {path} is no .npz file without pickles: {error}") from error
+        raise ValueError(f"--observations {path} is not an .npz file without pickles: {error}") from error
     if missing := [name for name in names if name not in arrays]:
         raise ValueError(
             f"--observations {path} has {', '.join(arrays) or 'nothing'}, but the policy takes {', '.join(names)}: "
             f"{', '.join(missing)} is missing"
         )
     for spec in specs:
-        array, shape, dtype = arrays[spec["name"]], tuple(spec["shape"]), spec["dtype"]
+        array = arrays[spec["name"]]
+        shape = tuple(spec["shape"])
+        dtype = spec["dtype"]
         fits = array.dtype == dtype or (dtype == "float32" and array.dtype.kind == "f")
         if not fits or array.shape[1:] != shape or not len(array):
             raise ValueError(
@@ -112,7 +114,7 @@ def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, 
 
 
 def facts_of_config(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says of an environment that is not at hand.
+    """What the id and the options of an environment say about it, for the manifest.
 
     :param env_id: environment
     :param env_kwargs: its options
@@ -133,7 +135,7 @@ def facts_of_config(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any
 
 
 def _facts_of(env: gym.Env, env_id: str) -> dict[str, Any]:
-    """What the environment says of itself."""
+    """What a ManiSkill environment says about itself, for the manifest."""
     if not is_maniskill(env_id):
         return {}
     scene: Any = env.unwrapped
@@ -158,7 +160,7 @@ def _facts_of(env: gym.Env, env_id: str) -> dict[str, Any]:
 
 
 def _as_inputs(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """In the dtypes that the graph takes: uint8 or float32."""
+    """The arrays in the dtypes that the graph takes: uint8 or float32."""
     return {
         name: np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         for name, array in arrays.items()

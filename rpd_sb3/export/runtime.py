@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FORMAT_VERSION = 1
-MANIFEST, MODEL, CHECK = "policy.json", "policy.onnx", "check.npz"
+MANIFEST = "policy.json"
+MODEL = "policy.onnx"
+CHECK = "check.npz"
 CONTENT: dict[str, Any] = {
     "format": str,
     "name": str,
@@ -39,7 +41,7 @@ Act = Callable[[Any], Any]
 
 
 class Latency(NamedTuple):
-    """Of one call with one observation, in milliseconds."""
+    """Time of one call with one observation."""
 
     median_ms: float
     p95_ms: float
@@ -50,18 +52,18 @@ def load(folder: str | Path, threads: int = 1) -> Policy:
 
     :param folder: of the export
     :param threads: of onnxruntime; small policies are quickest with one
-    :raises ValueError: if the folder is no such export, a file is damaged, or manifest and policy do not fit
+    :raises ValueError: if the folder is not such an export, a file is damaged, or manifest and policy do not fit
     """
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads={threads!r} must be a whole number, at least 1")
     manifest = read_manifest(folder)
     if manifest["format"] != "onnx":
-        raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}, the runtime takes onnx alone")
+        raise ValueError(f"export {str(folder)!r} has format {manifest['format']!r}, the runtime needs 'onnx'")
     return Policy(folder, manifest, _session(folder, manifest, threads))
 
 
 class Policy:
-    """Gives the action of one observation, or of a batch of them.
+    """An exported policy: gives the action for one observation, or for a batch.
 
     :param folder: of the export
     :param manifest: of :func:`read_manifest`
@@ -69,7 +71,9 @@ class Policy:
     """
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any], act: Act) -> None:
-        self.folder, self.manifest, self._act = Path(folder), manifest, act
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self._act = act
         self._inputs = {spec["name"]: spec for spec in manifest["observation"]}
 
     def __call__(self, observation: Any) -> np.ndarray:
@@ -94,10 +98,10 @@ class Policy:
         return self._act(self._batch(observation)[0])
 
     def check(self) -> float:
-        """Act on the recorded observations that came with the export, in a batch and one by one.
+        """Compare with the recorded actions in the export, in one batch and one by one.
 
-        :return: largest difference to the actions recorded with them
-        :raises ValueError: if there is one beyond the manifest's tolerance, or a token differs
+        :return: largest difference between an action and the recorded one
+        :raises ValueError: if it exceeds the manifest's tolerance, or a token differs
         """
         expected = read_arrays(checked_file(self.folder, self.manifest, CHECK))
         observations = {name: expected["obs/" + name] for name in self._inputs}
@@ -119,7 +123,8 @@ class Policy:
 
         :param n: calls to measure, after a tenth as many to warm up
         """
-        recorded, times = read_arrays(checked_file(self.folder, self.manifest, CHECK)), []
+        recorded = read_arrays(checked_file(self.folder, self.manifest, CHECK))
+        times = []
         observation = {name: recorded["obs/" + name][0] for name in self._inputs}
         for _ in range(n + n // 10):
             start = time.perf_counter()
@@ -149,7 +154,9 @@ class Policy:
 
 def _checked(value: Any, spec: dict[str, Any]) -> np.ndarray:
     """One input of one observation or of a batch, as the policy takes it."""
-    name, shape, dtype = spec["name"], tuple(spec["shape"]), spec["dtype"]
+    name = spec["name"]
+    shape = tuple(spec["shape"])
+    dtype = spec["dtype"]
     array = np.asarray(value)
     if array.dtype != dtype and not (dtype == "float32" and array.dtype.kind == "f"):
         hint = "; the policy scales images itself" if dtype == "uint8" else ""
@@ -163,10 +170,10 @@ def _checked(value: Any, spec: dict[str, Any]) -> np.ndarray:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The content of ``policy.json``, as far as it can be checked by itself.
+    """The content of ``policy.json``, with its keys and types checked.
 
     :param folder: of the export
-    :raises ValueError: if there is none, or it cannot be a manifest
+    :raises ValueError: if there is no such file, or it is not a manifest
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -186,7 +193,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_content(value: Any, wanted: Any, path: str, key: str = "") -> None:
-    """Make sure that a part of the manifest is of the type wanted, which may be a mapping or a list of one kind."""
+    """Check that a part of the manifest is of the type wanted, which may be a mapping or a list of one type."""
     kind: Any = wanted if isinstance(wanted, type) else type(wanted)
     if not isinstance(value, kind) or (isinstance(wanted, list) and not value):
         raise ValueError(f"{path!r}: {key} is {value!r}, expected a {kind.__name__}; export the run again")
@@ -232,19 +239,21 @@ def _session(folder: str | Path, manifest: dict[str, Any], threads: int) -> Act:
     except ImportError as error:
         raise ValueError(f"onnxruntime is missing, which runs {MODEL}: pip install onnxruntime ({error})") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no base of their own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{str(path)!r} is no policy that onnxruntime can run: {reason}") from error
+        raise ValueError(f"{str(path)!r} is not a policy that onnxruntime can run: {reason}") from error
     _check_graph(session, manifest, str(path))
     outputs = [output.name for output in session.get_outputs()]
     return lambda batch: dict(zip(outputs, session.run(outputs, batch)))
 
 
 def _check_graph(session: Any, manifest: dict[str, Any], path: str) -> None:
-    """Make sure that the graph takes and gives what the manifest says."""
+    """Check that the graph takes and gives what the manifest says."""
     types = {"uint8": "tensor(uint8)", "float32": "tensor(float)", "int64": "tensor(int64)"}
     action = dict(manifest["action"], name="action")
     for given, specs in ((session.get_inputs(), manifest["observation"]), (session.get_outputs()[:1], [action])):
@@ -255,19 +264,20 @@ def _check_graph(session: Any, manifest: dict[str, Any], path: str) -> None:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def summary(manifest: dict[str, Any]) -> str:
-    """The essentials of a manifest in a few lines."""
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Name, inputs, outputs and success of an export, one line each."""
     lines = [f"{manifest['name']}: {manifest['training']['algorithm']} on {manifest['environment']['id']}"]
     for spec in manifest["observation"]:
         lines.append(f"in       {spec['name']} {spec['dtype']} {tuple(spec['shape'])} {spec['layout']}")
-    action, names = manifest["action"], " ".join(manifest["action"].get("names") or ())
+    action = manifest["action"]
+    names = " ".join(action.get("names") or ())
     lines.append(f"out      action {action['dtype']} {tuple(action['shape'])} {names}".rstrip())
     for who, result in manifest["success"].items():
         if result and result.get("success_once") is not None:
@@ -277,17 +287,18 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def main(argv: Any = None) -> int:
-    """Check an export and show what it is; the exit code is 2 if it cannot be loaded, 1 if it acts differently here."""
+    """Check an export and describe it; the exit code is 2 if it cannot be loaded, 1 if it acts differently here."""
     parser = argparse.ArgumentParser(description="Check an exported policy on this machine, and time it.")
     here = Path(__file__).resolve().parent
     own = str(here) if (here / MANIFEST).is_file() else None
     parser.add_argument("folder", nargs="?" if own else None, default=own, help=f"of the export [{own or 'none'}]")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime [1]")
-    args, code = parser.parse_args(argv), 2
+    args = parser.parse_args(argv)
+    code = 2
     try:
         policy = load(args.folder, args.threads)
         code = 1
-        print(summary(policy.manifest))
+        print(manifest_text(policy.manifest))
         print(f"check    ok, actions differ by at most {policy.check():.2g}")
         times = "median {:.3f} ms, p95 {:.3f} ms".format(*policy.latency())
         print(f"latency  {times}, one observation, {args.threads} thread{'s' * (args.threads > 1)}, {cpu_name()}")

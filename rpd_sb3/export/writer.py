@@ -1,4 +1,4 @@
-"""One export, from the model to the finished folder: nothing is left behind unless it acts as the model does."""
+"""Writes an export. Its folder appears only if the exported policy acts as the model does."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.contract.bins import to_clipped_actions
-from rpd_sb3.export import architecture, manifest, runtime
+from rpd_sb3.export import manifest, runtime
 from rpd_sb3.export.card import copy_figures, write_card, write_package
 from rpd_sb3.export.deploy import DeployablePolicy, input_specs, numbers_of_parameters
-from rpd_sb3.export.formats import FILES, write_onnx, write_safetensors, write_torch
+from rpd_sb3.export.formats import FILES, write_onnx, write_torch
 from rpd_sb3.export.loading import load_export
 from rpd_sb3.train import folder as runs
 
 TOLERANCE = 1e-5
-"""Largest difference between an action of the export and of the model, in units of the action, or of its bound if that is larger."""
+"""Largest difference allowed between actions of the export and of the model, times the action's bound where that exceeds 1."""
 N_CHECK = 16
-"""Observations that the export brings along to be checked with."""
+"""Observations kept in the export, so that it can be checked on another machine."""
 
 
 class ExportError(RuntimeError):
-    """The export would not act as the model does."""
+    """The exported policy does not act as the model does."""
 
 
 @dataclass
@@ -41,9 +41,8 @@ class Export:
     run: runs.SavedRun
     model: BaseAlgorithm
     policy: ActorCriticPolicy
-    model_file: Path
-    which: str
-    """``best`` or ``last``."""
+    facts: dict[str, Any]
+    """Of :func:`rpd_sb3.export.manifest.run_facts`."""
     format: str
     tokens: dict[str, Any] | None
     """Of :func:`rpd_sb3.export.manifest.token_spec`."""
@@ -51,16 +50,16 @@ class Export:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Make sure that an export may be written there.
+    """Check that an export may be written to a folder.
 
     :param folder: to write
-    :param overwrite: an export that is there may be replaced
-    :raises ValueError: if something else is there, or it may not
+    :param overwrite: replace an existing export
+    :raises ValueError: if the folder is not empty, and not an export that may be replaced
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / runtime.MANIFEST).is_file():
-        raise ValueError(f"output {str(folder)!r} exists and is no export; name another folder with -o")
+        raise ValueError(f"output {str(folder)!r} exists and is not an export; name another folder with -o")
     if not overwrite:
         raise ValueError(
             f"output {str(folder)!r} holds an export already; name another folder with -o, or add --overwrite"
@@ -70,7 +69,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def write_export(
     folder: Path, export: Export, observations: dict[str, np.ndarray], environment: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write an export and make sure that it acts as the model does.
+    """Write an export and check that it acts as the model does.
 
     :param folder: to write; it appears when it is complete
     :param export: what to write
@@ -79,17 +78,11 @@ def write_export(
     :return: the manifest
     :raises ExportError: if an action differs
     """
-    with _appearing(folder) as temporary:
+    with _atomic_folder(folder) as temporary:
         deployable = DeployablePolicy(export.policy, export.tokens is not None, manifest.token_bounds(export.tokens))
         content = _content(export, deployable, environment)
-        specs, path = content["observation"], temporary / FILES[export.format]
-        if export.format == "onnx":
-            write_onnx(path, deployable, specs)
-        elif export.format == "torch":
-            write_torch(path, deployable, specs)
-        else:
-            content["policy"] = architecture.describe(export.policy)
-            write_safetensors(path, export.policy)
+        write = write_onnx if export.format == "onnx" else write_torch
+        write(temporary / FILES[export.format], deployable, content["observation"])
         answers = _reference(export, observations)
         rows = {"obs/" + name: array[:N_CHECK] for name, array in observations.items()}
         np.savez_compressed(temporary / runtime.CHECK, **rows, **{k: v[:N_CHECK] for k, v in answers.items()})  # type: ignore[arg-type]
@@ -110,7 +103,8 @@ def write_export(
 
 def _content(export: Export, deployable: DeployablePolicy, environment: dict[str, Any]) -> dict[str, Any]:
     """The manifest without what is measured."""
-    run, space = export.run, export.policy.action_space
+    run = export.run
+    space = export.policy.action_space
     bounds = (
         np.concatenate([space.low.flatten(), space.high.flatten()]) if isinstance(space, spaces.Box) else np.ones(1)
     )
@@ -125,9 +119,7 @@ def _content(export: Export, deployable: DeployablePolicy, environment: dict[str
         "action": manifest.action_spec(space, export.tokens, environment["control_mode"]),
         "tokens": export.tokens,
         "environment": environment,
-        "teacher": manifest.teacher_facts(run),
-        "training": manifest.training_facts(run, export.model_file, export.which),
-        "success": manifest.success_facts(run, export.model_file, export.which),
+        **export.facts,
         "parameters": numbers_of_parameters(deployable, export.policy),
         "parity": {"tolerance": TOLERANCE * scale},
         "versions": manifest.versions(),
@@ -135,7 +127,7 @@ def _content(export: Export, deployable: DeployablePolicy, environment: dict[str
 
 
 def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the model itself does: ``action``, and ``tokens`` if they stand for actions."""
+    """The model's own answers: ``action``, and ``tokens`` if they stand for actions."""
     single = not isinstance(export.policy.observation_space, spaces.Dict)
     predicted, _ = export.model.predict(
         next(iter(observations.values())) if single else observations, deterministic=True
@@ -150,10 +142,11 @@ def _reference(export: Export, observations: dict[str, np.ndarray]) -> dict[str,
 def _parity(
     policy: runtime.Policy, observations: dict[str, np.ndarray], answers: dict[str, np.ndarray], tolerance: float
 ) -> dict[str, Any]:
-    """How far the export is from the model, in a batch and one by one."""
+    """Largest difference between the actions of export and model, in one batch and one by one."""
     n = len(answers["action"])
     batches = [slice(0, n), *(slice(i, i + 1) for i in range(n))]
-    difference, same = 0.0, True
+    difference = 0.0
+    same = True
     for rows in batches:
         got = policy.answer({name: array[rows] for name, array in observations.items()})
         difference = float(np.fmax(difference, np.abs(got["action"] - answers["action"][rows]).max()))
@@ -173,8 +166,8 @@ def _save_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes this one at the end, or is removed if something fails."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes this one at the end; if something fails, it is removed, and the old folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir()
@@ -183,7 +176,12 @@ def _appearing(folder: Path) -> Iterator[Path]:
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,7 +28,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report, and return the exit code: 2 for a mistake of the user's, 1 if a file cannot be written."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: Job(check(argv)))
+    return run_command(lambda: ReportCommand(check(argv)))
 
 
 def check(argv: Sequence[str]) -> Any:
@@ -51,11 +51,11 @@ def check(argv: Sequence[str]) -> Any:
     return args
 
 
-class Job:
-    """One report: its runs are read, nothing is written yet.
+class ReportCommand:
+    """A report, whose runs have been read.
 
     :param args: of :func:`check`
-    :raises ValueError: for any mistake of the user's
+    :raises ValueError: for a user's mistake
     """
 
     def __init__(self, args: Any) -> None:
@@ -66,10 +66,10 @@ class Job:
         self.environments = group_records(read_records(args.runs))
 
     def run(self, interrupt: Interrupt) -> int:
-        """Write the page, and say what it shows."""
+        """Write the page and print its headline."""
         from rpd_sb3.report.numbers import to_csv
         from rpd_sb3.report.page import render
-        from rpd_sb3.report.words import finding
+        from rpd_sb3.report.words import headline
         from rpd_sb3.train.folder import replace_text
 
         files = {self.args.output: render(self.environments)}
@@ -82,7 +82,7 @@ class Job:
         except OSError as error:
             print_error(error)
             return RUN_ERROR
-        print(finding(self.environments))
+        print(headline(self.environments))
         for name in files:
             print(f"{name} {Path(name).stat().st_size / 1e6:.1f} MB")
         return 0

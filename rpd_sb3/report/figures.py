@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpd_sb3.report.groups import Curve
+from rpd_sb3.report.groups import MeanCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = 7
 """Of the page: ``--c0`` to ``--c6``; more curves repeat them in other dashes."""
-TEXT, GRID = "#010101", "#020202"
+TEXT = "#010101"
+GRID = "#020202"
 DASHES = ("-", "-.", ":")
 SIZE = (5.0, 3.1)
 """Inches, 360 x 223 points: about as wide as a phone, so that the letters are 10 pixels high there and more on a desk."""
@@ -24,9 +25,9 @@ SIZE = (5.0, 3.1)
 class Line(NamedTuple):
     """One curve of a figure."""
 
-    curve: Curve
+    curve: MeanCurve
     colour: int
-    seeds: Sequence[Curve] = ()
+    seeds: Sequence[MeanCurve] = ()
     """Each seed's own, drawn thin."""
     level: float | None = None
     """Of the teacher, dashed."""
@@ -36,7 +37,7 @@ def draw(name: str, describe: str, lines: Sequence[Line], y_label: str, scale: s
     """An ``<svg>`` element.
 
     :param name: prefix of the ids in it, different for each figure of a page
-    :param describe: what is seen, for those who do not
+    :param describe: what is seen, for screen readers
     :param lines: what to draw
     :param y_label: of the axis
     :param scale: of the y axis: ``linear``, ``log``, or ``share`` for values from 0 to 1
@@ -71,7 +72,8 @@ def draw(name: str, describe: str, lines: Sequence[Line], y_label: str, scale: s
 
 
 def _add(axes: Axes, line: Line) -> None:
-    colour, style = _colour(line.colour), DASHES[line.colour // COLOURS % len(DASHES)]
+    colour = _colour(line.colour)
+    style = DASHES[line.colour // COLOURS % len(DASHES)]
     steps, mean, std = line.curve
     marker = "o" if len(steps) == 1 else None
     for seed in line.seeds if len(line.seeds) > 1 else ():

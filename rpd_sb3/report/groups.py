@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, and what they amount to."""
+"""Groups of runs that differ in nothing but their seed, and their mean results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.report.records import Rate, Record
 
 
-class Curve(NamedTuple):
+class MeanCurve(NamedTuple):
     """Mean and standard deviation over seeds at n points."""
 
     steps: np.ndarray
@@ -40,12 +40,12 @@ class Group(NamedTuple):
 
     @property
     def value(self) -> float:
-        """What the last evaluations say on average: success at some step, or return where there is no success."""
+        """Mean of the last evaluations: success at any step, or return where there is no success."""
         return float(np.mean([_last(record) for record in self.records]))
 
     @property
     def teacher_name(self) -> str | None:
-        """Teacher and its options in words; None: the algorithm learns without."""
+        """The teacher with its options, e.g. ``scripted (noise 0.3)``; None if there is no teacher."""
         config = self.records[0].config
         if not config.get("teacher"):
             return None
@@ -73,7 +73,8 @@ class Group(NamedTuple):
 
         :param key: ``success_once`` or ``success_at_end``
         """
-        rate, n = mean(record.teacher(key) for record in self.records), self.records[0].teacher("n_episodes")
+        rate = mean(record.teacher(key) for record in self.records)
+        n = self.records[0].teacher("n_episodes")
         if rate is None or not n:
             return None
         return Rate(rate, *wilson_interval(round(rate * n), n), n)
@@ -85,7 +86,7 @@ class Group(NamedTuple):
         """
         return mean(_dig(record.result, path) for record in self.records)
 
-    def curve(self, points: Callable[[Record], tuple[np.ndarray, np.ndarray] | None]) -> Curve | None:
+    def curve(self, points: Callable[[Record], tuple[np.ndarray, np.ndarray] | None]) -> MeanCurve | None:
         """Mean over those seeds that have the curve.
 
         :param points: gives the steps (n,) and values (n,) of a run
@@ -103,23 +104,24 @@ def group_records(records: Iterable[Record]) -> dict[str, list[Group]]:
     return {env: _labelled(list(groups.values())) for env, groups in environments.items()}
 
 
-def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Curve:
+def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> MeanCurve:
     """Mean and sample standard deviation of curves over the steps that all of them have reached.
 
     Between its points a curve is interpolated; none is continued beyond its ends.
 
     :param curves: steps (n,) ascending, and values (n,), of at least one run
     """
-    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    first = max(steps[0] for steps, _ in curves)
+    last = min(steps[-1] for steps, _ in curves)
     every = np.unique(np.concatenate([steps for steps, _ in curves]))
     grid = every[(every >= first) & (every <= last)]
     values = np.array([np.interp(grid, steps, y) for steps, y in curves]).reshape(len(curves), len(grid))
     std = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(grid))
-    return Curve(grid, values.mean(axis=0), std)
+    return MeanCurve(grid, values.mean(axis=0), std)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are known; None if none is."""
+    """Mean of the values that are known; None if none is."""
     known = [value for value in values if isinstance(value, (int, float))]
     return float(np.mean(known)) if known else None
 
@@ -136,7 +138,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Keys of the configuration in which groups differ, to the value in each; ``Ellipsis`` where it has no such key."""
+    """Keys in which the groups' configurations differ, to the value of each group; ``Ellipsis`` where the key is missing."""
     flat = [flatten(_without_seed(group.records[0].config)) for group in groups]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = {key: [config.get(key, ...) for config in flat] for key in keys}
@@ -144,7 +146,7 @@ def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def _labelled(groups: Sequence[list[Record]]) -> list[Group]:
-    """The algorithm as the label, and, where that does not tell groups apart, in what they differ."""
+    """Groups with the algorithm as their label and, where several have the same, what differs between them."""
     ordered = [sorted(records, key=lambda record: record.seed) for records in groups]
     labelled = []
     for i, records in enumerate(ordered):

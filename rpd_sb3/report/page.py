@@ -13,7 +13,7 @@ from markupsafe import Markup
 import rpd_sb3
 from rpd_sb3.report import tables, words
 from rpd_sb3.report.figures import COLOURS, Line, draw
-from rpd_sb3.report.groups import Curve, Group
+from rpd_sb3.report.groups import Group, MeanCurve
 from rpd_sb3.report.records import TEACHER_VIDEO, VIDEO, Record
 
 UPDATES = (
@@ -33,14 +33,14 @@ class Figure(NamedTuple):
     svg: Markup
 
 
-class Film(NamedTuple):
+class Videos(NamedTuple):
     """Teacher and student on the same seeds, as base64; None where there is no video."""
 
     name: str
     teacher: str | None
     student: str | None
     taught: bool
-    """False: there is no teacher that could have been filmed."""
+    """False: the run has no teacher."""
 
 
 def render(environments: Mapping[str, Sequence[Group]]) -> str:
@@ -57,7 +57,7 @@ def render(environments: Mapping[str, Sequence[Group]]) -> str:
     ).get_template("report.html")
     records = [record for groups in environments.values() for group in groups for record in group.records]
     return template.render(
-        title=words.finding(environments),
+        title=words.headline(environments),
         sections=[section(f"e{i}", env, groups) for i, (env, groups) in enumerate(environments.items())],
         n_runs=len(records),
         version=rpd_sb3.__version__,
@@ -66,7 +66,7 @@ def render(environments: Mapping[str, Sequence[Group]]) -> str:
 
 
 def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
-    """What the template shows of one environment.
+    """The variables of the template for one environment.
 
     :param name: prefix of the ids in it
     """
@@ -83,7 +83,7 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
         "costs": tables.cost_table(groups),
         "agreements": [(group.label, table) for group, table in agreements if table is not None],
         "updates": update_curves(name, env, groups),
-        "films": [film for group in groups if (film := find_film(group)) is not None],
+        "videos": [videos for group in groups if (videos := find_videos(group)) is not None],
         "differences": tables.difference_table(groups),
         "configs": [(group.label, tables.config_rows(group)) for group in groups],
         "commands": [(record, "\n".join(record.commands)) for record in records if record.commands],
@@ -92,7 +92,7 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def remarks(groups: Sequence[Group]) -> list[str]:
-    """What is missing, and of which runs."""
+    """What is missing, and in which runs."""
     records = [record for group in groups for record in group.records]
     taught = [record for record in records if record.has_teacher]
     kinds = (
@@ -112,7 +112,7 @@ def remarks(groups: Sequence[Group]) -> list[str]:
 
 
 def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
-    """Success at some step and at the last one, or the return where there is no success."""
+    """Figures of success at any step and at the last one, or of the return where there is no success."""
     if all(group.has_success for group in groups):
         kinds = [
             ("once", "success_once", "success at any step"),
@@ -129,7 +129,10 @@ def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure
             if curve is None:
                 continue
             seeds = [
-                Curve(steps, y, y * 0) for r in group.records if (both := _evaluated(r, field)) for steps, y in [both]
+                MeanCurve(steps, y, y * 0)
+                for r in group.records
+                if (both := _evaluated(r, field))
+                for steps, y in [both]
             ]
             level = tables.mean(record.teacher(key) for record in group.records)
             lines.append(Line(curve, colour, seeds, level))
@@ -141,7 +144,7 @@ def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure
 
 
 def update_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
-    """What the updates have logged, where they have."""
+    """Figures of :data:`UPDATES`, as far as the runs have logged them."""
     figures = []
     for number, (column, title, unit, scale) in enumerate(UPDATES):
         sign = -1.0 if column == "train/entropy_loss" else 1.0
@@ -149,20 +152,22 @@ def update_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
         for colour, group in enumerate(groups):
             curve = group.curve(lambda record, column=column: record.progress.get(column))  # type: ignore[misc]
             if curve is not None:
-                lines.append(Line(Curve(curve.steps, sign * curve.mean, curve.std), colour))
+                lines.append(Line(MeanCurve(curve.steps, sign * curve.mean, curve.std), colour))
         if lines:
             svg = draw(f"{name}u{number}", f"{title} over environment steps on {env}", lines, unit, scale)
             figures.append(Figure(title[0].upper() + title[1:], Markup(svg)))
     return figures
 
 
-def find_film(group: Group) -> Film | None:
+def find_videos(group: Group) -> Videos | None:
     """The videos of the group's first run that has both, or else one."""
     best = max(group.records, key=lambda r: (r.video(VIDEO) is not None) + (r.video(TEACHER_VIDEO) is not None))
     student, teacher = (
         None if path is None else _base64(path.read_bytes()) for path in map(best.video, (VIDEO, TEACHER_VIDEO))
     )
-    return Film(f"{group.label}, seed {best.seed}", teacher, student, best.has_teacher) if student or teacher else None
+    return (
+        Videos(f"{group.label}, seed {best.seed}", teacher, student, best.has_teacher) if student or teacher else None
+    )
 
 
 def _evaluated(record: Record, field: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,24 +1,19 @@
-"""What a run folder holds for a report; whatever a run has not left behind yet is None or empty.
-
-Shape letters: E evaluations, K episodes of each.
-"""
+"""The runs of a report, read from their folders; what a run has not written yet is None or empty."""
 
 from __future__ import annotations
 
 import csv
-import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpd_sb3.cli.config import load_yaml
 from rpd_sb3.contract.statistics import wilson_interval
-from rpd_sb3.train.folder import load_run
+from rpd_sb3.train.folder import Evaluations, load_run, read_evaluations
 
-VIDEO, TEACHER_VIDEO = "video.mp4", "teacher_video.mp4"
+VIDEO = "video.mp4"
+TEACHER_VIDEO = "teacher_video.mp4"
 
 
 class Rate(NamedTuple):
@@ -32,24 +27,10 @@ class Rate(NamedTuple):
 
     @classmethod
     def of(cls, successes: np.ndarray) -> Rate:
-        """That of boolean outcomes, whatever the shape."""
-        k, n = int(successes.sum()), int(successes.size)
+        """The rate of boolean outcomes of any shape."""
+        k = int(successes.sum())
+        n = int(successes.size)
         return cls(k / n, *wilson_interval(k, n), n)
-
-
-class Evaluations(NamedTuple):
-    """``evaluations.npz``. Success is None where the environment does not report it."""
-
-    timesteps: np.ndarray
-    """(E,) environment steps, ascending."""
-    returns: np.ndarray
-    """(E, K)"""
-    lengths: np.ndarray
-    """(E, K)"""
-    once: np.ndarray | None
-    """(E, K) bool, successful at some step."""
-    at_end: np.ndarray | None
-    """(E, K) bool, successful at the last step."""
 
 
 class Record(NamedTuple):
@@ -64,7 +45,6 @@ class Record(NamedTuple):
     progress: dict[str, tuple[np.ndarray, np.ndarray]]
     """Column of ``progress.csv`` to steps and values, where there are any."""
     commands: list[str]
-    versions: dict[str, Any]
 
     @property
     def algo(self) -> str:
@@ -99,7 +79,7 @@ class Record(NamedTuple):
 def read_records(folders: Iterable[str]) -> list[Record]:
     """Read run folders.
 
-    :raises ValueError: if one is none, was named before, holds no evaluation, or is damaged
+    :raises ValueError: if one is not a run folder, is named twice, holds no evaluation, or is damaged
     """
     records: dict[Path, Record] = {}
     for folder in folders:
@@ -113,53 +93,22 @@ def read_records(folders: Iterable[str]) -> list[Record]:
 def read_record(folder: str) -> Record:
     """Read one run folder.
 
-    :raises ValueError: if it is none, holds no evaluation, or is damaged
+    :raises ValueError: if it is not a run folder, holds no evaluation, or is damaged
     """
     run = load_run(folder)
     path = run.folder
+    evaluations = read_evaluations(path)
+    if evaluations is None:
+        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
     return Record(
         path,
         run.args,
         run.config,
-        _result(path / "result.json"),
-        _evaluations(path / "evaluations.npz", folder),
+        run.result,
+        evaluations,
         _progress(path / "progress.csv"),
-        _lines(path / "command.txt"),
-        load_yaml(path / "versions.yml") if (path / "versions.yml").is_file() else {},
+        run.commands,
     )
-
-
-def _result(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; remove it to report the run without it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
-    return content
-
-
-def _evaluations(path: Path, folder: str) -> Evaluations:
-    if not path.is_file():
-        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        found = Evaluations(
-            arrays["timesteps"],
-            arrays["results"].astype(np.float64),
-            arrays["ep_lengths"],
-            arrays["successes"].astype(bool) if "successes" in arrays else None,
-            arrays["successes_at_end"].astype(bool) if "successes_at_end" in arrays else None,
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    n = len(found.timesteps) if found.timesteps.ndim == 1 else 0
-    if n == 0 or any(rows is not None and (rows.ndim != 2 or len(rows) != n) for rows in found[1:]):
-        raise ValueError(f"{path} is damaged: its arrays are empty or do not belong together")
-    return found
 
 
 def _progress(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -183,7 +132,3 @@ def _number(row: Mapping[str, str | None], name: str) -> float | None:
     except (ValueError, TypeError):
         return None
     return value if np.isfinite(value) else None
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -17,7 +17,7 @@ OLDER = "the run was made by an older version, or has not ended"
 
 
 class Cell(NamedTuple):
-    """Text of a table, and the part of it that is said more quietly."""
+    """Text of a table, and a detail in small print."""
 
     text: str
     detail: str = ""
@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 
 def success_table(groups: Sequence[Group]) -> Table:
-    """How far each group has come at its last evaluation."""
+    """Success of teacher and students at their last evaluations."""
     success = all(group.has_success for group in groups)
     columns = (["success once", "at the end"] if success else ["return"]) + ["episodes", "seeds", "steps", "training"]
     rows: list[Row] = []
@@ -79,9 +79,11 @@ def cost_table(groups: Sequence[Group]) -> Table:
             notes.append(why)
         return Cell(text, note=notes.index(why) + 1)
 
-    rows, seen = [], set()
+    rows: list[Row] = []
+    seen: set[str] = set()
     for colour, group in enumerate(groups):
-        slow, fast = group.number("teacher_latency_ms", "median"), group.number("latency_ms", "median")
+        slow = group.number("teacher_latency_ms", "median")
+        fast = group.number("latency_ms", "median")
         name = group.teacher_name
         if name is not None and name not in seen:
             seen.add(name)

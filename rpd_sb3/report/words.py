@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and a report's one sentence."""
+"""Numbers as text, and the headline of a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIMENSIONS = {
 }
 """ManiSkill's controllers to the names of their action dimensions."""
 OTHERS = 2
-"""Algorithms that a sentence compares the best one with; tasks that it names besides the first."""
+"""Algorithms that the headline compares with the best one; tasks that it names besides the first."""
 
 
 def percent(share: float | None) -> str:
@@ -41,7 +41,7 @@ def size(n_bytes: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Two digits that matter: ``0.10 ms``, ``12 ms``."""
+    """With two significant digits: ``0.10 ms``, ``12 ms``."""
     return DASH if value is None else f"{_two_digits(value)} ms"
 
 
@@ -73,11 +73,11 @@ def dimension_names(control_mode: Any, n: int) -> list[str]:
 
 
 def value(group: Group, number: float | None) -> str:
-    """A success rate or a return, whichever the group is measured by."""
+    """A success rate, or a return if the group's environment reports no success."""
     return DASH if number is None else percent(number) if group.has_success else f"{number:.1f}"
 
 
-def finding(environments: Mapping[str, Sequence[Group]]) -> str:
+def headline(environments: Mapping[str, Sequence[Group]]) -> str:
     """The report in one sentence, e.g. ``rpd_ppo reaches 97 % on PushCube-v1; its teacher 36 %, ppo 4 %``."""
     if len(environments) == 1:
         ((env, groups),) = environments.items()
@@ -95,7 +95,7 @@ def finding(environments: Mapping[str, Sequence[Group]]) -> str:
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
-    """Best first; at a tie those that were taught."""
+    """Best first; at a tie those with a teacher."""
     return sorted(groups, key=lambda group: (-group.value, group.teacher_name is None))
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from rpd_sb3.contract.names import TEACHERS, TeacherKind, closest
+from rpd_sb3.contract.secrets import redact
 from rpd_sb3.contract.teacher import Teacher, TeacherSpec
 
 _KINDS = {written.partition(":")[0]: kind for written, kind in TEACHERS.items() if kind.module}
@@ -47,7 +48,7 @@ def open_teacher(name: str, env_id: str, kwargs: dict[str, Any], closing: ExitSt
     try:
         teacher = make_teacher(name, env_id, **kwargs)
     except TypeError as error:
-        raise ValueError(f"teacher {name!r} with {kwargs}: {error}") from error
+        raise ValueError(f"teacher {name!r} with {redact(kwargs)}: {error}") from error
     closing.callback(teacher.close)
     return teacher
 

@@ -119,6 +119,7 @@ def set_up(argv: Sequence[str]) -> Job:
     check_at_least(given, AT_LEAST)
     # Late, so that --help and misspelt flags are answered at once.
     from rpd_sb3.algos import find_algo
+    from rpd_sb3.contract.secrets import redact
     from rpd_sb3.envs.factory import check_env_id
     from rpd_sb3.train import folder as runs
     from rpd_sb3.train.build import build, resolve_config
@@ -133,11 +134,11 @@ def set_up(argv: Sequence[str]) -> Job:
                 raise ValueError(f"--{key} is missing, e.g. --algo rpd_ppo --env PickCube-v1")
         check_env_id(args["env"])
         return Trainer(build(args, resolve_config(args), None, argv))
-    saved = runs.load_run(folder)
+    saved = runs.with_secrets(runs.load_run(folder), given)
     for key, value in given.items():
         if key not in MAY_CHANGE and value != saved.args.get(key):
             raise ValueError(
-                f"--resume {folder} goes on with {key}={saved.args.get(key)!r}, but {value!r} is given; start a new run for that"
+                f"--resume {folder} goes on with {key}={saved.args.get(key)!r}, but {redact(value)!r} is given; start a new run for that"
             )
     config = check_section(saved.config, find_algo(saved.args["algo"]))
     config.n_timesteps = given.get("n_timesteps", config.n_timesteps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -207,8 +206,7 @@ def _describe(session: Session, argv: Sequence[str]) -> None:
     runs.write_yaml(folder / "config.yml", session.config.as_dict())
     runs.write_yaml(folder / "args.yml", session.args)
     runs.write_yaml(folder / "versions.yml", runs.versions())
-    with open(folder / "command.txt", "a", encoding="utf-8") as file:
-        file.write(shlex.join(["python", "-m", "rpd_sb3.train", *argv]) + "\n")
+    runs.append_command(folder, argv)
 
 
 def _logger(session: Session) -> Logger:

@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import safe_mean
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.episodes.play import EvalResult, Evaluator
 from rpd_sb3.labelling.access import find_vec_teacher
-from rpd_sb3.train.folder import save_model
+from rpd_sb3.train.folder import read_evaluations, save_model
 
 Deferred = Callable[[], AbstractContextManager[None]]
 """Makes the context in which files are written, see :meth:`rpd_sb3.cli.common.Interrupt.deferred`."""
@@ -100,12 +100,15 @@ class EvalSuccessCallback(EveryNSteps):
         """
         if self.freq > 0:
             self._next = (timesteps // self.freq + 1) * self.freq
-        if not (self.folder / "evaluations.npz").is_file():
+        found = read_evaluations(self.folder)
+        if found is None:
             return
-        with np.load(self.folder / "evaluations.npz") as file:
-            keep = file["timesteps"] <= timesteps
-            self.timesteps = file["timesteps"][keep].tolist()
-            self._arrays = {name: list(file[name][keep]) for name in file.files if name != "timesteps"}
+        keep = found.timesteps <= timesteps
+        self.timesteps = found.timesteps[keep].tolist()
+        rows = {"results": found.returns, "ep_lengths": found.lengths}
+        if found.once is not None and found.at_end is not None:
+            rows |= {"successes": found.once, "successes_at_end": found.at_end}
+        self._arrays = {name: list(values[keep]) for name, values in rows.items()}
         for i in range(len(self.timesteps)):
             self._best = max(self._best, self._score({name: rows[i] for name, rows in self._arrays.items()}))
 

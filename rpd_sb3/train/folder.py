@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +23,22 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import rpd_sb3
 from rpd_sb3.algos import ALGOS
-from rpd_sb3.cli.config import load_yaml
+from rpd_sb3.cli.config import load_yaml, merge, parse_pairs
+from rpd_sb3.contract.secrets import masked, redact, redact_command
 from rpd_sb3.teachers.sb3_policy import read_model_data
+from rpd_sb3.wire.urls import OPENPI_API_KEY
 
 PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "mani_skill")
+SECRET_VARIABLES = {
+    "http": ("token", "RPD_SB3_TOKEN"),
+    "https": ("token", "RPD_SB3_TOKEN"),
+    "openpi": ("api_key", OPENPI_API_KEY),
+}
+"""Kind of teacher to the option that is its secret, and the environment variable that may give it."""
 
 
 class SavedRun(NamedTuple):
-    """What a run folder says about the run."""
+    """What a run folder says about the run, without secrets."""
 
     folder: Path
     args: dict[str, Any]
@@ -47,6 +57,36 @@ class SavedRun(NamedTuple):
     @property
     def best_model(self) -> Path:
         return self.folder / "best_model.zip"
+
+    @property
+    def commands(self) -> list[str]:
+        """The command lines that have trained it; none if it does not say."""
+        path = self.folder / "command.txt"
+        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        return [redact_command(command) for command in re.split(r"\n(?=python -m )", text) if command]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The content of ``result.json``; empty while the run goes on, or if it was killed.
+
+        :raises ValueError: if the file is damaged
+        """
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; remove it to use the run without it") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping; remove it")
+        return content
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """The content of ``versions.yml``; empty if there is none."""
+        path = self.folder / "versions.yml"
+        return load_yaml(path) if path.is_file() else {}
 
 
 def file_name(env_id: str) -> str:
@@ -78,7 +118,7 @@ def load_run(folder: str | Path) -> SavedRun:
     if not (folder / "args.yml").is_file() or not (folder / "config.yml").is_file():
         what = "has no args.yml and config.yml" if folder.is_dir() else "does not exist"
         raise ValueError(f"run folder {str(folder)!r} {what}; expected e.g. logs/rpd_ppo/PickCube-v1_1")
-    run = SavedRun(folder, load_yaml(folder / "args.yml"), load_yaml(folder / "config.yml"))
+    run = SavedRun(folder, redact(load_yaml(folder / "args.yml")), redact(load_yaml(folder / "config.yml")))
     for key in ("algo", "env"):
         if not isinstance(run.args.get(key), str):
             raise ValueError(f"run folder {str(folder)!r}: args.yml does not name the {key}")
@@ -87,6 +127,86 @@ def load_run(folder: str | Path) -> SavedRun:
             f"run folder {str(folder)!r}: algo {run.args['algo']!r} is unknown; known are {', '.join(ALGOS)}"
         )
     return run
+
+
+def with_secrets(run: SavedRun, given: dict[str, Any]) -> SavedRun:
+    """The run with its secrets, which its folder does not hold: from the command line, or an environment variable.
+
+    :param run: to resume
+    :param given: command line; flags that say the same as the run, but for its secrets, are taken out
+    :raises ValueError: naming the secrets that are missing
+    """
+    changes = parse_pairs(given.get("params", ()), "-params")
+    for key, flag in (("env_kwargs", "--env-kwargs"), ("teacher_kwargs", "--teacher-kwargs")):
+        if key in given:
+            changes = merge(changes, {key: parse_pairs(given[key], flag)})
+    if "teacher" in given:
+        changes["teacher"] = given["teacher"]
+    config = merge(run.config, changes)
+    if redact(config) != run.config:
+        return run  # something else is given as well
+    for key in ("params", "env_kwargs", "teacher_kwargs", "teacher"):
+        given.pop(key, None)
+    option, variable = SECRET_VARIABLES.get(str(config.get("teacher")).partition(":")[0], ("", ""))
+    missing = masked(config)
+    if f"teacher_kwargs.{option}" in missing and os.environ.get(variable):
+        config = merge(config, {"teacher_kwargs": {option: os.environ[variable]}})
+        missing.remove(f"teacher_kwargs.{option}")
+    if missing:
+        key, _, name = missing[0].partition(".")
+        flags = {
+            "teacher": "--teacher ...",
+            "teacher_kwargs": f"--teacher-kwargs {name}:...",
+            "env_kwargs": f"--env-kwargs {name}:...",
+        }
+        flag = flags.get(key, f"-params {missing[0]}:...")
+        raise ValueError(
+            f"run {str(run.folder)!r} needs {', '.join(missing)} again, as its folder holds no secrets: give it with {flag}"
+            + (f", or set {variable}" if missing[0] == f"teacher_kwargs.{option}" else "")
+        )
+    return run._replace(config=config)
+
+
+class Evaluations(NamedTuple):
+    """``evaluations.npz``: E evaluations of K episodes each. Success is None where the environment does not report it."""
+
+    timesteps: np.ndarray
+    """(E,) environment steps, ascending."""
+    returns: np.ndarray
+    """(E, K)"""
+    lengths: np.ndarray
+    """(E, K)"""
+    once: np.ndarray | None
+    """(E, K) bool, successful at some step."""
+    at_end: np.ndarray | None
+    """(E, K) bool, successful at the last step."""
+
+
+def read_evaluations(folder: Path) -> Evaluations | None:
+    """The evaluations of a run; None if there is none yet.
+
+    :param folder: of the run
+    :raises ValueError: if the file is damaged
+    """
+    path = folder / "evaluations.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        found = Evaluations(
+            arrays["timesteps"],
+            arrays["results"].astype(np.float64),
+            arrays["ep_lengths"],
+            arrays["successes"].astype(bool) if "successes" in arrays else None,
+            arrays["successes_at_end"].astype(bool) if "successes_at_end" in arrays else None,
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    n = len(found.timesteps) if found.timesteps.ndim == 1 else 0
+    if n == 0 or any(rows is not None and (rows.ndim != 2 or len(rows) != n) for rows in found[1:]):
+        raise ValueError(f"{path} is damaged: its arrays are empty or do not belong together")
+    return found
 
 
 def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -> None:
@@ -156,11 +276,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    replace_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+    """Write YAML without secrets."""
+    replace_text(path, yaml.safe_dump(redact(content), sort_keys=False, allow_unicode=True))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON without NaN: a number that is not finite becomes null."""
+    """Write JSON without secrets and without NaN: a number that is not finite becomes null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -169,13 +290,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
 
-    replace_text(path, json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(clean(redact(content)), indent=2, allow_nan=False) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+def append_command(folder: Path, argv: Sequence[str]) -> None:
+    """Add a command line of ``rpd_sb3.train``, without secrets, to ``command.txt``.
+
+    :param folder: of the run
+    :param argv: words after the name of the module
+    """
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(shlex.join(redact(["python", "-m", "rpd_sb3.train", *argv])) + "\n")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of what the result depends on.
+
+    :param packages: those of them that are looked for
+    """
     found = {"rpd_sb3": rpd_sb3.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

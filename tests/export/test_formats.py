@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +22,16 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.contract.bins import Bounds, to_actions
-from rpd_sb3.export import architecture
 from rpd_sb3.export.deploy import DeployablePolicy, camera_view, check_exportable, input_specs, numbers_of_parameters
 from rpd_sb3.export.formats import (
-    load_safetensors,
     load_torch,
-    pickles_in,
     torch_act,
     write_onnx,
-    write_safetensors,
     write_torch,
 )
 from rpd_sb3.students import TokenPolicy
 from tests.cli.test_install import BLOCK
+from tests.export.conftest import Exported
 from tests.support import ROOT
 from tests.support.export_helpers import ACTION, IMAGE, POLICIES, STATE, TOKENS, make_policy, observations
 
@@ -44,17 +45,21 @@ def predict(policy: ActorCriticPolicy, batch: dict[str, np.ndarray]) -> np.ndarr
     return policy.predict(obs, deterministic=True)[0]
 
 
+@pytest.fixture
+def archive(exported: Exported) -> Path:
+    """A policy that sees an image and a state, as PyTorch archive."""
+    return exported(write_torch, "both")
+
+
 def graph_of(path: Path) -> Any:
     return onnx.load(path).graph
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
+def test_onnx_acts_as_sb3_predicts(kind: str, exported: Exported) -> None:
     policy = POLICIES[kind]()
-    specs = input_specs(policy.observation_space)
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), specs)
-    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
-    batch = observations(specs)
+    session = onnxruntime.InferenceSession(exported(write_onnx, kind), providers=["CPUExecutionProvider"])
+    batch = observations(input_specs(policy.observation_space))
     expected = predict(policy, batch)
     assert len(np.unique(expected)) >= 2
     if kind == "vector":  # some are clipped
@@ -66,11 +71,10 @@ def test_onnx_acts_as_sb3_predicts(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["compact", "image", "both", "autoregressive"])
-def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Path) -> None:
+def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, exported: Exported) -> None:
     policy = POLICIES[kind]()
     specs = input_specs(policy.observation_space)
-    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
-    assert pickles_in(tmp_path / "policy.pt2") == []
+    path = exported(write_torch, kind)
     forbidden = mock.Mock(side_effect=AssertionError("something is unpickled"))
     with (
         mock.patch("pickle.load", forbidden),
@@ -78,16 +82,15 @@ def test_pt2_acts_as_sb3_predicts_and_unpickles_nothing(kind: str, tmp_path: Pat
         mock.patch("pickle.Unpickler", forbidden),
         mock.patch("torch._weights_only_unpickler.load", forbidden),
     ):
-        act = torch_act(load_torch(tmp_path / "policy.pt2"), specs)
+        act = torch_act(load_torch(path), specs)
     batch = observations(specs)
     np.testing.assert_allclose(act(batch)["action"], predict(policy, batch), atol=1e-5, rtol=0)
 
 
-def test_pt2_runs_without_this_library(tmp_path: Path) -> None:
+def test_pt2_runs_without_this_library(exported: Exported, tmp_path: Path) -> None:
     policy = POLICIES["vector"]()
-    specs = input_specs(policy.observation_space)
-    write_torch(tmp_path / "policy.pt2", DeployablePolicy(policy), specs)
-    batch = observations(specs)
+    shutil.copy(exported(write_torch, "vector"), tmp_path)
+    batch = observations(input_specs(policy.observation_space))
     np.save(tmp_path / "obs.npy", batch["state"])
     code = BLOCK.format(absent=["rpd_sb3", "stable_baselines3", "gymnasium"]) + (
         "import numpy as np, torch\n"
@@ -98,78 +101,75 @@ def test_pt2_runs_without_this_library(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "action.npy"), predict(policy, batch), atol=1e-5, rtol=0)
 
 
-def test_a_pickle_in_an_archive_is_found(tmp_path: Path) -> None:
-    th.save({"weight": th.ones(2)}, tmp_path / "weights.pt")
-    assert [name.rpartition("/")[2] for name in pickles_in(tmp_path / "weights.pt")] == ["data.pkl"]
-    program = th.export.export(th.nn.Linear(2, 1), (th.ones(1, 2),))
-    th.export.save(program, tmp_path / "program.pt2")  # with its example inputs, as PyTorch does by default
-    assert pickles_in(tmp_path / "program.pt2") == ["program/data/sample_inputs/model.pt"]
-    with pytest.raises(ValueError, match="it holds pickles: program/data/sample_inputs/model.pt"):
-        load_torch(tmp_path / "program.pt2")
+Members = dict[str, bytes]
 
 
-def test_raw_bytes_are_no_pickle(tmp_path: Path) -> None:
-    import zipfile
-
-    contents = {
-        "empty": b"",
-        "weights": np.arange(9.0).tobytes(),
-        "looks like one": b"\x80\x04abc.",
-        "is one": pickle.dumps([1]),
-    }
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
-    assert pickles_in(tmp_path / "x.zip") == ["is one"]
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
 
 
-@pytest.mark.parametrize("kind", ["both", "compact", "squashed", "separate extractors", "normalised", "autoregressive"])
-def test_weights_load_into_a_policy_made_from_the_manifest(kind: str, tmp_path: Path) -> None:
-    import json
+def _pickled_weight(members: Members) -> None:
+    """A pickle that does not look like one, and a configuration that asks for it."""
+    config = json.loads(members["data/weights/model_weights_config.json"])
+    next(iter(config["config"].values()))["use_pickle"] = True
+    members["data/weights/model_weights_config.json"] = json.dumps(config).encode()
+    members["data/weights/weight_0"] = pickle.dumps(Evil(), protocol=2) + b"\n"
 
-    policy = POLICIES[kind]()
-    write_safetensors(tmp_path / "model.safetensors", policy)
-    made = architecture.build(json.loads(json.dumps(architecture.describe(policy))), "policy.json")
-    load_safetensors(tmp_path / "model.safetensors", made)
-    weights = made.state_dict()
-    assert weights.keys() == policy.state_dict().keys()
-    assert all(th.equal(value, weights[name]) for name, value in policy.state_dict().items())
-    assert (made.observation_space, made.action_space) == (policy.observation_space, policy.action_space)
-    batch = observations(input_specs(policy.observation_space))
-    assert np.array_equal(predict(made, batch), predict(policy, batch))
+
+def _pickled_constant(members: Members) -> None:
+    config = {"config": {"x": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False}}}
+    members["data/constants/model_constants_config.json"] = json.dumps(config).encode()
+    members["data/constants/opaque_obj_0"] = pickle.dumps(Evil())
+
+
+def _changed(old: str, new: str) -> Callable[[Members], None]:
+    def change(members: Members) -> None:
+        graph = members["models/model.json"].decode()
+        assert old in graph
+        members["models/model.json"] = graph.replace(old, new).encode()
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"class": "tests.support.export_helpers.make_policy"},
-            "'tests.support.export_helpers.make_policy' is no ActorCriticPolicy",
-        ),
-        (
-            {"class": "not_here.Policy"},
-            "class 'not_here.Policy' is of a package that is not known: import not_here first",
-        ),
-        ({"class": "torch.nn.Nix"}, "no attribute 'Nix'"),
-        ({"kwargs": {"activation_fn": "subprocess.run"}}, "'subprocess.run' is no Module"),
-        ({"action_space": {"type": "Tuple"}}, "space 'Tuple' is unknown"),
-        ({"observation_space": None}, "describes no policy"),
+        (_pickled_weight, "weight_0"),
+        (_pickled_constant, "opaque_obj_0"),
+        (lambda members: members.update({"data/weights/model.pt": pickle.dumps(Evil())}), "data/weights/model.pt"),
+        (lambda members: members.update({"data/sample_inputs/model.pt": pickle.dumps(Evil())}), "sample_inputs"),
+        (_changed("Symbol(", "__import__('pathlib').Path('ran').touch("), "__import__"),
+        (_changed("L['inputs'][1]", "__import__('pathlib').Path('ran').touch()"), "__import__"),
+        (_changed("torch.ops.aten.relu.default", "torch.os.system"), "torch.os.system"),
+        (_changed("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"), "from_file"),
+        (_changed("builtins.dict", "collections.defaultdict"), "collections.defaultdict"),
+        (_changed('\\"type\\": \\"builtins.dict', '\\"\\\\u0074ype\\":\\"os.path'), "os.path"),
+        (lambda members: members.pop("models/model.json"), "can load"),
     ],
 )
-def test_manifest_that_describes_no_policy(change: dict[str, Any], message: str) -> None:
-    described = architecture.describe(POLICIES["vector"]()) | change
+def test_archive_that_could_run_code_is_refused(
+    change: Callable[[Members], Any], message: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(archive) as file:
+        members = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    change(members)
+    with zipfile.ZipFile("policy.pt2", "w") as file:
+        for name, content in members.items():
+            file.writestr(f"policy/{name}", content)
     with pytest.raises(ValueError, match=message):
-        architecture.build(described, "policy.json")
+        load_torch(Path("policy.pt2"))(*(th.zeros(1, 36, 40, 3, dtype=th.uint8), th.zeros(1, 5)))
+    assert not Path("ran").exists()
 
 
-def test_weights_of_another_policy_or_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_safetensors(path, POLICIES["vector"]())
-    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
-        load_safetensors(path, POLICIES["image"]())
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="does not hold the weights of the policy in policy.json"):
-        load_safetensors(path, POLICIES["vector"]())
+def test_archive_with_two_members_of_a_name_is_refused(archive: Path, tmp_path: Path) -> None:
+    """Readers of zip files differ in which of them they take."""
+    twice = shutil.copy(archive, tmp_path / "policy.pt2")
+    with zipfile.ZipFile(twice, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("policy/models/model.json", b"{}")
+    with pytest.raises(ValueError, match="models/model.json"):
+        load_torch(twice)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "autoregressive"])
@@ -185,22 +185,20 @@ def test_tokens_become_the_actions_that_the_environment_takes(kind: str, bounds:
     assert np.array_equal(action.numpy(), to_actions(tokens, 8, bounds).clip(-1.0, 1.0))  # as ActionTokens acts
 
 
-def test_image_graph_is_small(tmp_path: Path) -> None:
-    """One transposition and one cast, for the image; weights of the value function stay at home."""
+def test_image_graph_is_small(exported: Exported) -> None:
+    """One transposition and one cast, for the image; weights of the value function are left out."""
     policy = POLICIES["image"]()
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(IMAGE))
-    operators = [node.op_type for node in graph_of(tmp_path / "policy.onnx").node]
+    path = exported(write_onnx, "image")
+    operators = [node.op_type for node in graph_of(path).node]
     assert (operators.count("Cast"), operators.count("Transpose"), operators.count("Conv")) == (1, 1, 3)
     assert len(operators) <= 17
     numbers = numbers_of_parameters(DeployablePolicy(policy), policy)
     assert numbers["policy"] < numbers["total"] == sum(parameter.numel() for parameter in policy.parameters())
-    assert (tmp_path / "policy.onnx").stat().st_size < 4 * numbers["policy"] + 5000
+    assert path.stat().st_size < 4 * numbers["policy"] + 5000
 
 
-def test_graph_has_named_inputs_and_any_batch(tmp_path: Path) -> None:
-    policy = POLICIES["both"]()
-    write_onnx(tmp_path / "policy.onnx", DeployablePolicy(policy), input_specs(policy.observation_space))
-    graph = graph_of(tmp_path / "policy.onnx")
+def test_graph_has_named_inputs_and_any_batch(exported: Exported) -> None:
+    graph = graph_of(exported(write_onnx, "both"))
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -209,9 +207,8 @@ def test_graph_has_named_inputs_and_any_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_onnx, write_torch])
-def test_no_path_of_this_machine_is_written(write: Any, tmp_path: Path) -> None:
-    write(tmp_path / "policy", DeployablePolicy(POLICIES["vector"]()), input_specs(STATE))
-    content = (tmp_path / "policy").read_bytes()
+def test_no_path_of_this_machine_is_written(write: Any, exported: Exported) -> None:
+    content = exported(write, "vector").read_bytes()
     assert str(ROOT).encode() not in content
     assert b".py" not in content
 

