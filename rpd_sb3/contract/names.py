@@ -1,9 +1,22 @@
-"""Names that are almost right."""
+"""The names of teachers on a command line, and a hint at the known name that an unknown one resembles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+TEACHERS = (
+    "scripted",
+    "sb3:FILE",
+    "openvla:PATH",
+    "octo:PATH",
+    "http://HOST:PORT[,http://HOST:PORT...]",
+    "openpi:HOST:PORT",
+    "MODULE:CLASS",
+)
+"""How a teacher is written on a command line."""
+TEACHER_HELP = ", ".join(TEACHERS[:-1]) + f" or {TEACHERS[-1]}"
+"""For the help of a command's ``--teacher``."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

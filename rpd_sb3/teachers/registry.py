@@ -7,18 +7,9 @@ import inspect
 from contextlib import ExitStack
 from typing import Any
 
-from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.names import TEACHERS, closest
 from rpd_sb3.contract.teacher import Teacher, TeacherSpec
 
-TEACHERS = (
-    "scripted",
-    "sb3:FILE",
-    "openvla:PATH",
-    "octo:PATH",
-    "http://HOST:PORT[,http://HOST:PORT...]",
-    "openpi:HOST:PORT",
-    "MODULE:CLASS",
-)
 MODELS = {
     "openvla": ("rpd_sb3.teachers.openvla.teacher", "OpenVLATeacher", "pip install 'rpd_sb3[openvla]'"),
     "octo": ("rpd_sb3.teachers.octo", "OctoTeacher", "install requirements/octo.txt"),
