@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import CSVOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
@@ -146,30 +142,6 @@ def load_model(
     """
     read_model_data(str(path))
     return algo.load(path, env=env, device=device)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is complete whenever it is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    replace_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON without NaN: a number that is not finite becomes null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(v) for v in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    replace_text(path, json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

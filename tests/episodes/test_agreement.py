@@ -17,8 +17,8 @@ from rpd_sb3.episodes.agreement import Pairs, compare, measure_agreement
 from rpd_sb3.episodes.film import Film, Stage
 from rpd_sb3.episodes.play import Evaluator, student_actor, teacher_actor
 from rpd_sb3.teachers import LocalTeacher
-from rpd_sb3.train.artifacts import record_video
-from rpd_sb3.train.measurements import student_bytes, student_latency, student_parameters
+from rpd_sb3.train.cost import student_bytes, student_latency, student_parameters
+from rpd_sb3.train.run import record_video
 from tests.episodes.test_play import go_to_goal
 from tests.support.helpers import EchoTeacher
 from tests.support.tiny_env import TINY, TinyEnv
