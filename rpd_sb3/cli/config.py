@@ -102,7 +102,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def load_section(path: Path, env_id: str, *, asked: Sequence[str] = (), section: str | None = None) -> dict[str, Any]:
-    """The section for an environment: ``section`` if it is named, else the first there is for what is asked.
+    """The section for an environment: ``section`` if it is given, else the first that there is of several.
 
     With a view and a reward on the command line these are ``<env_id>-<obs>-<reward>``, ``<env_id>-<obs>``,
     ``<env_id>-<reward>``, ``<env_id>`` and ``default``.
@@ -122,9 +122,10 @@ def load_section(path: Path, env_id: str, *, asked: Sequence[str] = (), section:
             if not isinstance(content, dict):
                 raise ValueError(f"config file {path}, section {name!r}: expected a mapping, got {content!r}")
             return content
+    known = [str(name) for name in sections]
     raise ValueError(
-        f"config file {path} has no section {' or '.join(map(repr, names))}, only {', '.join(sections)}"
-        + closest(names[0], sections)
+        f"config file {path} has no section {' or '.join(map(repr, names))}, only {', '.join(known)}"
+        + closest(names[0], known)
     )
 
 
@@ -165,7 +166,7 @@ def merge(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def with_numbers(value: Any) -> Any:
-    """The value, at any depth with numbers for strings like 3e-4, which YAML 1.1 does not read as numbers."""
+    """The value with numbers, at any depth, for strings like 3e-4, which YAML 1.1 does not read as numbers."""
     if isinstance(value, dict):
         return {k: with_numbers(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -28,7 +28,7 @@ class SavedRun(NamedTuple):
 
     folder: Path
     args: dict[str, Any]
-    """Command line, resolved."""
+    """Content of ``args.yml``."""
     config: dict[str, Any]
     """Flat section of hyper-parameters."""
 
@@ -68,7 +68,7 @@ def create_run_folder(log_folder: str | Path, algo: str, env_id: str) -> Path:
 def load_run(folder: str | Path) -> SavedRun:
     """Read a run folder.
 
-    :raises ValueError: if it is none
+    :raises ValueError: if it is not one
     """
     folder = Path(folder)
     if not (folder / "args.yml").is_file() or not (folder / "config.yml").is_file():
@@ -102,7 +102,7 @@ def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -
 
 
 def has_label_replay(model: BaseAlgorithm) -> bool:
-    """True if the model keeps past labels."""
+    """True if the model replays past labels."""
     size: int = getattr(model, "label_replay", 0)
     return size > 0
 
@@ -138,6 +138,10 @@ def load_model(
 ) -> BaseAlgorithm:
     """A saved model.
 
+    :param algo: that it was trained with
+    :param path: ``.zip`` file
+    :param env: to go on with; None: it only acts
+    :param device: where its network runs
     :raises ValueError: if there is no such file, it is damaged, or does not fit the environment
     """
     read_model_data(str(path))
@@ -176,7 +180,7 @@ def _git_commit() -> str | None:
 
 
 class CSVContinuation(CSVOutputFormat):
-    """Goes on with a file that :class:`CSVOutputFormat` has written.
+    """Appends to a file that :class:`CSVOutputFormat` has written.
 
     :param filename: the file
     :param until: timesteps at which training goes on; rows of later ones, from after the checkpoint, are dropped
@@ -186,7 +190,8 @@ class CSVContinuation(CSVOutputFormat):
         self.file = open(filename, "r+", newline="")  # noqa: SIM115  (closed with the logger)
         lines = self.file.read().splitlines()
         self.keys = lines[0].split(",") if lines else []
-        self.separator, self.quotechar = ",", '"'
+        self.separator = ","
+        self.quotechar = '"'
         rows = csv.DictReader(lines)
         kept = [line for line, row in zip(lines[1:], rows) if float(row.get("time/total_timesteps") or 0) <= until]
         self.file.seek(0)

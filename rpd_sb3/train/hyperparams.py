@@ -1,7 +1,6 @@
 """From a section of a config to checked keyword arguments of an algorithm.
 
-Nothing is evaluated: the only things that a config names and that become objects are schedules and the classes at the
-places in :data:`CLASSES`, and the classes must be of the kind that the place takes.
+A config is data: of what it names, only schedules and the classes of :data:`CLASSES` become objects.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from rpd_sb3.contract.names import closest
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.students import AutoregressivePolicy, PaperCnnPolicy, TokenPolicy
 
-CLASSES: dict[str, type] = {
-    "activation_fn": th.nn.Module,
-    "features_extractor_class": BaseFeaturesExtractor,
-    "optimizer_class": th.optim.Optimizer,
+CLASSES: dict[str, tuple[type, str]] = {
+    "activation_fn": (th.nn.Module, "torch.nn.ReLU"),
+    "features_extractor_class": (BaseFeaturesExtractor, "stable_baselines3.common.torch_layers.NatureCNN"),
+    "optimizer_class": (th.optim.Optimizer, "torch.optim.AdamW"),
 }
-"""Keys of ``policy_kwargs`` whose value is the dotted name of a class, and the class that it must inherit from."""
+"""Keys of ``policy_kwargs`` whose value is the dotted name of a class: the class that it must inherit from, and an example."""
 NOT_IN_CONFIG = frozenset(
     {
         "self",
@@ -216,15 +215,14 @@ def _check_keys(where: str, kwargs: Mapping[str, Any], known: list[str]) -> None
 
 
 def _class(key: str, name: Any) -> type:
-    """The class that a dotted name like ``torch.nn.ReLU`` stands for, of the kind that its place takes.
+    """The class that a dotted name like ``torch.nn.ReLU`` stands for.
 
-    The import of its module is all that a name can bring about.
+    All that a name can make happen is the import of a module; a class that its place does not take is never called.
+
+    :raises ValueError: if there is no such class, or it does not inherit from what its place takes
     """
-    kind = CLASSES[key]
-    expected = (
-        f"policy_kwargs.{key}={name!r} must be the full name of a subclass of "
-        f"{kind.__module__.partition('.')[0]}'s {kind.__name__}, as torch.nn.ReLU is one of torch's Module"
-    )
+    base, example = CLASSES[key]
+    expected = f"policy_kwargs.{key}={name!r} must be the full name of a subclass of {base.__name__}, e.g. {example}"
     module, _, attribute = str(name).rpartition(".")
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ValueError(expected)
@@ -232,7 +230,7 @@ def _class(key: str, name: Any) -> type:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{expected} ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise ValueError(expected)
     return found
 

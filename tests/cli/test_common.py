@@ -29,6 +29,7 @@ def test_help_says_each_default_once(door: str) -> None:
         text = parser._get_formatter()._expand_help(action)
         assert "(default" not in text
         assert "] [" not in text
+        assert not text.endswith(("[None]", "[False]", "[[]]"))
         if type(action.default) in (int, float):
             assert text.endswith(f"[{action.default:g}]")
 

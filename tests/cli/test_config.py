@@ -51,7 +51,7 @@ def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: 
     ("text", "section", "message"),
     [
         (SECTIONS, "papr", "has no section 'papr', only default, A-v0, .*; did you mean 'paper'"),
-        ("A-v0: {}", None, "has no section 'B-v0' or 'default', only A-v0"),
+        ("A-v0: {}\n1: {}", None, "has no section 'B-v0' or 'default', only A-v0, 1"),
         ("B-v0: 3", None, "section 'B-v0': expected a mapping, got 3"),
         ("- 1\n", None, "expected a mapping at the top, got list"),
         ("", None, "expected a mapping at the top, got NoneType"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from rpd_sb3.algos import ALGOS, RPD
 from rpd_sb3.cli.config import find_config, load_section, load_yaml
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.students import RunningNorm
-from rpd_sb3.train.hyperparams import CosineSchedule, build_hyperparams, check_section, hyperparameters
+from rpd_sb3.train.hyperparams import RUN_KEYS, CosineSchedule, build_hyperparams, check_section, hyperparameters
 from tests.support import ROOT
 
 PPO = ALGOS["ppo"]
@@ -138,16 +136,6 @@ def test_class_of_another_kind_is_refused(key: str, name: Any) -> None:
         check_section({"policy_kwargs": {key: name}}, PPO)
 
 
-def test_config_alone_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = tmp_path / "proof"
-    options = {"executable": "/bin/sh", "env": {"ENV": f"$(touch {proof})"}}
-    kwargs = {"features_extractor_class": "subprocess.Popen", "features_extractor_kwargs": options}
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: proof.touch())
-    with pytest.raises(ValueError, match="subclass"):
-        check_section({"policy_kwargs": kwargs}, PPO)
-    assert not proof.exists()
-
-
 def test_options_of_vec_teacher_are_those_of_its_constructor() -> None:
     options = {"timeout": 3, "patience": "1e3", "on_failure": "wait", "instruction": None}
     config = check_section({"vec_teacher_kwargs": options}, RPD)
@@ -189,6 +177,11 @@ def test_arguments_of_all_classes_that_pass_kwargs_on_are_known() -> None:
 def test_every_section_of_the_zoo_is_valid(algo: str) -> None:
     for section in load_yaml(find_config(algo)).values():
         check_section(section, ALGOS[algo])
+
+
+def test_the_head_of_a_config_names_every_run_key() -> None:
+    head = find_config("rpd_ppo").read_text().partition("default: &default")[0]
+    assert [key for key in RUN_KEYS if key not in head] == []
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])

@@ -118,6 +118,23 @@ def test_option_of_vec_teacher_of_the_wrong_type(
     assert "vec_teacher_kwargs.timeout='abc' must be a number" in message
 
 
+class Anything:
+    """A class that a config names, but of no kind that a config may name."""
+
+    made = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        Anything.made += 1
+
+
+@pytest.mark.parametrize("key", ["features_extractor_class", "activation_fn", "optimizer_class"])
+def test_class_that_a_config_names_is_not_called(logs: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = sentence([*ppo(logs), f"policy_kwargs.{key}:{__name__}.Anything"], capsys)
+    assert f"policy_kwargs.{key}='{__name__}.Anything' must be the full name of a subclass" in message
+    assert Anything.made == 0
+    assert not logs.exists()
+
+
 def test_without_a_renderer_the_doctor_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rpd_sb3.train", "--algo", "ppo", "--env", "PickCube-v1"]
     environment = os.environ | {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
