@@ -1,30 +1,37 @@
-"""What the commands share: one sentence for a user's mistake, and a clean end on Ctrl-C."""
+"""What the commands share: flags, one sentence for a user's mistake, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
 
-from rpd_sb3.contract.names import closest
+from rpd_sb3.cli.interrupt import Interrupt
+from rpd_sb3.contract.names import TEACHER_HELP, closest
 from rpd_sb3.contract.secrets import redact_urls
 
 USER_ERROR, RUN_ERROR = 2, 1
 """Exit codes: nothing was started; something failed on the way. 128 + n after signal n."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Ends the help of a flag with its default in brackets, unless the help has brackets already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        if not text or "[" in text or action.default in (None, False, [], argparse.SUPPRESS):
+            return text
+        return f"{text} [%(default)s]"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of printing the usage; suggests the closest flag."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         result, unknown = self.parse_known_args(args, namespace)
@@ -68,7 +75,7 @@ def add_policy_flags(parser: argparse.ArgumentParser, verb: str, n_episodes: int
     add("--run", metavar="RUN_DIR", help=f"{verb} the student of a run")
     add("--model", choices=("best", "last"), default="best", help="which of the run's models [best]")
     add("--export", metavar="DIR", help=f"{verb} an export of python -m rpd_sb3.export")
-    add("--teacher", help=f"{verb} a teacher: scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
+    add("--teacher", help=f"{verb} a teacher: {TEACHER_HELP}")
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id [that of the run or export]")
     add(
@@ -103,7 +110,7 @@ def check_policy_flags(args: Any) -> None:
 
 
 def check_at_least(given: Mapping[str, Any], minima: Mapping[str, int]) -> None:
-    """Make sure that numbers are not too small; those that are not given are no mistake.
+    """Check that numbers are not too small; those that are not given are not looked at.
 
     :param given: command line
     :param minima: flag, with underscores, to its least value
@@ -127,7 +134,7 @@ def check_folder_of(flag: str, file: str) -> None:
 
 
 def check_training_side() -> None:
-    """Make sure that students can be trained here; the environment of a teacher's service need not be able to.
+    """Check that what students need is installed; the environment of a teacher service may lack it.
 
     :raises ValueError: naming what is missing
     """
@@ -141,11 +148,11 @@ def print_error(error: BaseException) -> None:
     print(f"error: {redact_urls(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
 
 
-class Job(Protocol):
-    """A command that has been set up: from here on, what goes wrong is not the user's mistake."""
+class Command(Protocol):
+    """A command that is ready to run: what goes wrong from here on is not the user's mistake."""
 
     def run(self, interrupt: Interrupt) -> int:
-        """Do it, and return the exit code."""
+        """Run it, and return the exit code."""
         ...
 
     def close(self) -> None:
@@ -153,15 +160,41 @@ class Job(Protocol):
         ...
 
 
-def run_command(set_up: Callable[[], Job]) -> int:
-    """Set a job up, run it, close it; one sentence on stderr for what may go wrong, a traceback for what may not.
+def parse_and_run(
+    argv: Sequence[str] | None,
+    make_parser: Callable[[], Parser],
+    check: Callable[[argparse.Namespace], None],
+    build: Callable[[argparse.Namespace], Command],
+) -> int:
+    """The body of a command's ``main``: parse its words, check them, build the command, run it.
+
+    :param argv: words of the command line; None: those of this process
+    :param make_parser: makes the parser
+    :param check: gets the parsed arguments, the words among them as ``argv``; raises ValueError
+    :param build: gets the same, and imports what takes long; raises as the argument of :func:`run_command`
+    :return: exit code
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+
+    def set_up() -> Command:
+        check_training_side()
+        args = make_parser().parse_args(words)
+        args.argv = words
+        check(args)
+        return build(args)
+
+    return run_command(set_up)
+
+
+def run_command(set_up: Callable[[], Command]) -> int:
+    """Set a command up, run it, close it; one sentence on stderr for what may go wrong, a traceback for what may not.
 
     :param set_up: raises ValueError, OSError or TeacherError for the user's mistakes
-    :return: exit code
+    :return: exit code: 2 if it could not be set up, 1 if it failed, 128 + n after signal n
     """
     with Interrupt() as interrupt:
         try:
-            job = set_up()
+            command = set_up()
         except KeyboardInterrupt:
             return interrupt.exit_code
         except Exception as error:
@@ -170,7 +203,7 @@ def run_command(set_up: Callable[[], Job]) -> int:
             print_error(error)
             return USER_ERROR
         try:
-            return job.run(interrupt)
+            return command.run(interrupt)
         except KeyboardInterrupt:
             return interrupt.exit_code
         except Exception as error:
@@ -179,77 +212,14 @@ def run_command(set_up: Callable[[], Job]) -> int:
             print_error(error)
             return RUN_ERROR
         finally:
-            job.close()
+            command.close()
 
 
 def _is_teacher_error(error: Exception) -> bool:
-    from rpd_sb3.contract.teacher import TeacherError  # late: it brings PyTorch
+    from rpd_sb3.contract.teacher import TeacherError  # late: it brings NumPy and Gymnasium
 
     return isinstance(error, TeacherError)
 
 
-class Interrupt:
-    """Turns SIGINT and SIGTERM into one KeyboardInterrupt; the second signal kills as usual.
-
-    Inside :meth:`deferred`, and between the start and the end of each optimiser step of :meth:`watch`, it waits for the end: neither files nor
-    networks are left half written.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        """The signal that came."""
-        self._depth = 0
-        self._due = False
-        self._old: dict[int, Any] = {}
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.signum or signal.SIGINT)
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread gets signals
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._old[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        for other in self._old:
-            signal.signal(other, signal.SIG_DFL)
-        print("stopping; once more to kill", file=sys.stderr, flush=True)
-        self._due = True
-        self._raise_if_due()
-
-    def _raise_if_due(self) -> None:
-        if self._due and self._depth == 0:
-            self._due = False
-            raise KeyboardInterrupt
-
-    def _begin(self, *_: Any) -> None:
-        self._depth += 1
-
-    def _end(self, *_: Any) -> None:
-        self._depth -= 1
-        self._raise_if_due()
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """A KeyboardInterrupt that is due inside is raised at the end."""
-        self._begin()
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        self._raise_if_due()
-
-    def watch(self, optimizer: Any) -> None:
-        """Do not interrupt this PyTorch optimiser in the middle of a step."""
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._end)
+Job = Command
+"""The name that the teacher service imports."""

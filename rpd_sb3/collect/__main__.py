@@ -17,11 +17,11 @@ from rpd_sb3.cli.common import (
     add_vec_env_flag,
     check_at_least,
     check_folder_of,
-    check_training_side,
+    parse_and_run,
     print_error,
-    run_command,
     whole_number,
 )
+from rpd_sb3.contract.names import TEACHER_HELP
 
 AT_LEAST = {"n_episodes": 1, "n_envs": 1, "seed": 0, "fps": 1}
 
@@ -32,7 +32,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id")
     add("--env-kwargs", nargs="+", default=[], metavar="K:V", help="options of the environment, e.g. obs:rgb")
-    add("--teacher", help="scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS")
+    add("--teacher", help=TEACHER_HELP)
     add("--teacher-kwargs", nargs="+", default=[], metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("-n", "--n-episodes", type=whole_number, default=100, metavar="N", help="episodes to keep [100]")
     add("--only-successful", action="store_true", help="keep only episodes that were successful at some step")
@@ -49,17 +49,14 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Record, and return the exit code: 2 for a mistake of the user's, 1 if recording failed, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: Job(check(argv)))
+    return parse_and_run(argv, make_parser, check, CollectCommand)
 
 
-def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked without an environment.
+def check(args: Any) -> None:
+    """Check the command line, as far as it can be checked without an environment.
 
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    args = make_parser().parse_args(argv)
     if args.env is None or args.teacher is None:
         raise ValueError("--env or --teacher is missing: name both, e.g. --env PickCube-v1 --teacher scripted")
     if args.out is None and args.lerobot is None:
@@ -77,10 +74,9 @@ def check(argv: Sequence[str]) -> Any:
         check_folder_of("--out", args.out)
     if args.lerobot is not None:
         check_lerobot(Path(args.lerobot))
-    return args
 
 
-class Job:
+class CollectCommand:
     """One recording, built and ready to run.
 
     :param args: of :func:`check`

@@ -80,7 +80,11 @@ class TeacherSpec:
     env_id: str | None = None
     """The only environment that the teacher can label; None: any."""
     stateful: bool = False
-    """True if answers depend on earlier queries of the same environment."""
+    """True if answers depend on earlier queries of the same environment. The numbers of environments are not unique: who
+    asks about other environments of the same numbers, as evaluations do, makes a teacher of its own."""
+    stochastic: bool = False
+    """True if answers are drawn at random, so that each depends on how many were drawn before. Evaluations then ask a second
+    teacher, made with the same arguments: they must not change the labels of training."""
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Input name to the shape of one query; inputs that are not listed may have any."""
     n_bins: int | None = None

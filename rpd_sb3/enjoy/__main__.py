@@ -16,9 +16,8 @@ from rpd_sb3.cli.common import (
     check_at_least,
     check_folder_of,
     check_policy_flags,
-    check_training_side,
+    parse_and_run,
     print_error,
-    run_command,
 )
 
 
@@ -33,25 +32,21 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play, and return the exit code: 2 for a mistake of the user's, 1 if playing failed, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: Job(check(argv)))
+    return parse_and_run(argv, make_parser, check, EnjoyCommand)
 
 
-def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked by itself.
+def check(args: Any) -> None:
+    """Check the command line, as far as it can be checked by itself.
 
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    args = make_parser().parse_args(argv)
     check_at_least(vars(args), {"n_episodes": 1, "seed": 0})
     if args.record is not None:
         check_folder_of("--record", args.record)
     check_policy_flags(args)
-    return args
 
 
-class Job:
+class EnjoyCommand:
     """A policy and an environment that is shown or filmed, ready to run.
 
     :param args: of :func:`check`

@@ -17,8 +17,7 @@ from rpd_sb3.cli.common import (
     check_at_least,
     check_folder_of,
     check_policy_flags,
-    check_training_side,
-    run_command,
+    parse_and_run,
     whole_number,
 )
 
@@ -36,25 +35,21 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, and return the exit code: 2 for a mistake of the user's, 1 if the evaluation failed, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: Job(check(argv)))
+    return parse_and_run(argv, make_parser, check, EvaluateCommand)
 
 
-def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked by itself.
+def check(args: Any) -> None:
+    """Check the command line, as far as it can be checked by itself.
 
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    args = make_parser().parse_args(argv)
     check_policy_flags(args)
     check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1, "seed": 0})
     if args.json not in (None, "-"):
         check_folder_of("--json", args.json)
-    return args
 
 
-class Job:
+class EvaluateCommand:
     """One evaluation, built and ready to run.
 
     :param args: of :func:`check`
@@ -93,7 +88,7 @@ class Job:
             return 0
         _show(content)
         if self.args.json:
-            from rpd_sb3.train.folder import write_json
+            from rpd_sb3.cli.files import write_json
 
             write_json(Path(self.args.json), content)
         return 0

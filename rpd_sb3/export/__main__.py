@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, check_training_side, print_error, run_command
+from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, parse_and_run, print_error
 
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": ()}
 """Packages that a format needs besides those of training."""
@@ -35,17 +35,14 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, and return the exit code: 2 for a mistake of the user's, 1 if the export failed, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: ExportCommand(check(argv), argv))
+    return parse_and_run(argv, make_parser, check, lambda args: ExportCommand(args, args.argv))
 
 
-def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked by itself.
+def check(args: Any) -> None:
+    """Check the command line, as far as it can be checked by itself.
 
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    args = make_parser().parse_args(argv)
     if args.run is None:
         raise ValueError(
             "--run is missing: name the run whose student to export, e.g. --run logs/rpd_ppo/PickCube-v1_1"
@@ -53,7 +50,6 @@ def check(argv: Sequence[str]) -> Any:
     missing = [name for name in NEEDS[args.format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--format {args.format} needs {', '.join(missing)}: pip install 'rpd_sb3[export]'")
-    return args
 
 
 class ExportCommand:

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from rpd_sb3.cli.files import write_json
 from rpd_sb3.contract.bins import to_clipped_actions
 from rpd_sb3.export import manifest, runtime
 from rpd_sb3.export.card import copy_figures, write_card, write_package
@@ -162,7 +163,7 @@ def _parity(
 
 
 def _save_manifest(folder: Path, content: dict[str, Any]) -> None:
-    runs.write_json(folder / runtime.MANIFEST, content | {"files": manifest.file_facts(folder)})
+    write_json(folder / runtime.MANIFEST, content | {"files": manifest.file_facts(folder)})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, check_training_side, print_error, run_command
+from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, parse_and_run, print_error
 
 
 def make_parser() -> Parser:
@@ -27,17 +27,14 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report, and return the exit code: 2 for a mistake of the user's, 1 if a file cannot be written."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: ReportCommand(check(argv)))
+    return parse_and_run(argv, make_parser, check, ReportCommand)
 
 
-def check(argv: Sequence[str]) -> Any:
-    """The command line, as far as it can be checked without the runs.
+def check(args: Any) -> None:
+    """Check the command line, as far as it can be checked without the runs.
 
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    args = make_parser().parse_args(argv)
     for flag, name, example in (("-o", args.output, "report.html"), ("--csv", args.csv, "numbers.csv")):
         if name is None:
             continue
@@ -48,7 +45,6 @@ def check(argv: Sequence[str]) -> Any:
             raise ValueError(f"{flag} {name}: folder {str(path.parent)!r} does not exist; make it first")
     if args.csv is not None and Path(args.csv).resolve() == Path(args.output).resolve():
         raise ValueError(f"--csv {args.csv} is also the page of -o; name another file")
-    return args
 
 
 class ReportCommand:
@@ -67,10 +63,10 @@ class ReportCommand:
 
     def run(self, interrupt: Interrupt) -> int:
         """Write the page and print its headline."""
+        from rpd_sb3.cli.files import replace_text
         from rpd_sb3.report.numbers import to_csv
         from rpd_sb3.report.page import render
         from rpd_sb3.report.words import headline
-        from rpd_sb3.train.folder import replace_text
 
         files = {self.args.output: render(self.environments)}
         if self.args.csv is not None:

@@ -74,7 +74,9 @@ def _make_own(name: str, module: str, cls: str, kwargs: dict[str, Any]) -> Teach
         raise ValueError(f"teacher {name!r}: module {module!r} cannot be imported: {error}") from error
     if cls not in names:
         raise ValueError(f"teacher {name!r}: module {module!r} has no {cls!r}{closest(cls, names)}")
-    if not (inspect.isclass(names[cls]) and callable(getattr(names[cls], "submit", None))):
+    if not (
+        inspect.isclass(names[cls]) and all(callable(getattr(names[cls], part, None)) for part in ("submit", "close"))
+    ):
         raise ValueError(f"teacher {name!r} is not a Teacher: expected a class with spec, submit() and close()")
     _check_arguments(names[cls], name, kwargs, given=0)
     teacher: Teacher = names[cls](**kwargs)

@@ -5,67 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from rpd_sb3.cli.common import (
-    Job,
-    Parser,
-    add_vec_env_flag,
-    check_at_least,
-    check_training_side,
-    run_command,
-    whole_number,
-)
-
-DEFAULTS: dict[str, Any] = {
-    "algo": None,
-    "env": None,
-    "teacher": None,
-    "teacher_kwargs": [],
-    "seed": 0,
-    "n_timesteps": None,
-    "params": [],
-    "obs": None,
-    "env_kwargs": [],
-    "conf_file": None,
-    "section": None,
-    "n_envs": None,
-    "vec_env": "subproc",
-    "device": "auto",
-    "num_threads": None,
-    "eval_freq": 10_000,
-    "eval_episodes": 50,
-    "n_eval_envs": 8,
-    "save_freq": 0,
-    "log_folder": "logs",
-    "tensorboard_log": None,
-    "progress": None,
-    "verbose": 0,
-    "video": True,
-}
-AT_LEAST = {"eval_episodes": 1, "n_eval_envs": 1, "num_threads": 1, "seed": 0, "verbose": 0}
-MAY_CHANGE = {
-    "n_timesteps",
-    "vec_env",
-    "device",
-    "num_threads",
-    "eval_freq",
-    "n_eval_envs",
-    "save_freq",
-    "progress",
-    "verbose",
-    "video",
-}
-"""Flags that may be given together with --resume; the others are those of the run."""
+from rpd_sb3.cli.common import Command, Parser, add_vec_env_flag, check_at_least, parse_and_run, whole_number
+from rpd_sb3.contract.names import TEACHER_HELP
+from rpd_sb3.train.args import ALGORITHMS, AT_LEAST, MAY_CHANGE, TrainArgs
 
 
 def make_parser() -> Parser:
     """Every flag; those that are not given leave no trace, so that --resume can tell."""
     parser = Parser(prog="python -m rpd_sb3.train", description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--algo", help="opd, rpd_ppo, ppd, road, grpo, sft, ppo, recurrent_ppo or trpo")
+    add("--algo", help=f"{', '.join(ALGORITHMS[:-1])} or {ALGORITHMS[-1]}")
     add("--env", metavar="ID", help="ManiSkill or Gymnasium id")
-    add("--teacher", help="scripted, sb3:FILE, http://HOST:PORT[,...] or MODULE:CLASS [that of the config]")
+    add("--teacher", help=f"{TEACHER_HELP} [that of the config]")
     add("--teacher-kwargs", nargs="+", metavar="K:V", help="options of the teacher, e.g. noise:0.3 seed:1")
     add("--seed", type=whole_number, help="[0]")
     add("-n", "--n-timesteps", type=whole_number, metavar="N", help="environment steps, e.g. 1e5 [that of the config]")
@@ -80,7 +33,10 @@ def make_parser() -> Parser:
     add("--obs", help="state, rgb or rgb+state: short for --env-kwargs obs:... [that of the config]")
     add("--env-kwargs", nargs="+", metavar="K:V", help="options of the environment, e.g. reward:dense obs:rgb")
     add("-conf", "--conf-file", metavar="FILE", help="config [zoo_configs/<algo>.yml]")
-    add("--section", help="section of the config [<env>-<reward>, <env> or default]")
+    add(
+        "--section",
+        help="section of the config [the first of <env>-<obs>-<reward>, <env>-<obs>, <env>-<reward>, <env>, default]",
+    )
     add("--n-envs", type=whole_number, metavar="N", help="environments [that of the config]")
     add_vec_env_flag(parser)
     add("--device", help="auto, cpu, cuda, cuda:1 ... [auto]")
@@ -105,18 +61,28 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and return the exit code: 2 for a mistake of the user's, 1 if training failed, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: set_up(argv))
+    return parse_and_run(argv, make_parser, check, set_up)
 
 
-def set_up(argv: Sequence[str]) -> Job:
-    """A training run, ready to start; nothing is written before everything stands.
+def check(args: argparse.Namespace) -> None:
+    """Check what can be checked without PyTorch.
 
+    :param args: the flags that are given, and ``resume``
     :raises ValueError: with what is wrong
     """
-    check_training_side()
-    given = vars(make_parser().parse_args(argv))
+    given = vars(args)
     check_at_least(given, AT_LEAST)
+    for key in ("algo", "env"):
+        if "resume" not in given and key not in given:
+            raise ValueError(f"--{key} is missing, e.g. --algo rpd_ppo --env PickCube-v1")
+
+
+def set_up(args: argparse.Namespace) -> Command:
+    """A training run, ready to start; nothing is written before everything is built.
+
+    :param args: the flags that are given, ``resume``, and the words of the command line as ``argv``
+    :raises ValueError: with what is wrong
+    """
     # Late, so that --help and misspelt flags are answered at once.
     from rpd_sb3.algos import find_algo
     from rpd_sb3.contract.secrets import redact
@@ -124,25 +90,25 @@ def set_up(argv: Sequence[str]) -> Job:
     from rpd_sb3.train import folder as runs
     from rpd_sb3.train.build import build, resolve_config
     from rpd_sb3.train.hyperparams import check_section
-    from rpd_sb3.train.run import Trainer
+    from rpd_sb3.train.run import TrainingRun
 
+    given = dict(vars(args))
+    argv = given.pop("argv")
     folder = given.pop("resume", None)
     if folder is None:
-        args = DEFAULTS | given
-        for key in ("algo", "env"):
-            if args[key] is None:
-                raise ValueError(f"--{key} is missing, e.g. --algo rpd_ppo --env PickCube-v1")
-        check_env_id(args["env"])
-        return Trainer(build(args, resolve_config(args), None, argv))
+        new = TrainArgs(**given)
+        check_env_id(new.env)
+        return TrainingRun(build(new, resolve_config(new), None, argv))
     saved = runs.with_secrets(runs.load_run(folder), given)
+    old = TrainArgs.restore(saved.args, saved.folder / "args.yml")
     for key, value in given.items():
-        if key not in MAY_CHANGE and value != saved.args.get(key):
+        if key not in MAY_CHANGE and value != getattr(old, key):
             raise ValueError(
-                f"--resume {folder} goes on with {key}={saved.args.get(key)!r}, but {redact(value)!r} is given; start a new run for that"
+                f"--resume {folder} goes on with {key}={getattr(old, key)!r}, but {redact(value)!r} is given; start a new run for that"
             )
-    config = check_section(saved.config, find_algo(saved.args["algo"]))
+    config = check_section(saved.config, find_algo(old.algo))
     config.n_timesteps = given.get("n_timesteps", config.n_timesteps)
-    return Trainer(build(DEFAULTS | saved.args | given, config, saved, argv))
+    return TrainingRun(build(replace(old, **given), config, saved, argv))
 
 
 if __name__ == "__main__":

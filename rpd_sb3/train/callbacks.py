@@ -1,6 +1,7 @@
-"""What happens during training besides training: evaluation, checkpoints, a progress bar.
+"""Evaluation, checkpoints and a progress bar during training.
 
-All of it happens between two rollouts, after the update, so that a saved or evaluated policy is the one that ``num_timesteps`` steps have trained.
+Evaluation and checkpoints come between two rollouts, after the update: a saved or evaluated policy is the one that
+``num_timesteps`` steps have trained.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.train.folder import read_evaluations, save_model
 
 Deferred = Callable[[], AbstractContextManager[None]]
-"""Makes the context in which files are written, see :meth:`rpd_sb3.cli.common.Interrupt.deferred`."""
+"""Makes the context in which files are written, see :meth:`rpd_sb3.cli.interrupt.Interrupt.deferred`."""
 
 
 class Curve(NamedTuple):
@@ -85,7 +86,10 @@ class EvalSuccessCallback(EveryNSteps):
         deferred: Deferred = nullcontext,
     ) -> None:
         super().__init__(freq)
-        self.evaluator, self.folder, self.report, self.deferred = evaluator, folder, report, deferred
+        self.evaluator = evaluator
+        self.folder = folder
+        self.report = report
+        self.deferred = deferred
         self.timesteps: list[int] = []
         self.last: EvalResult | None = None
         self.duration = 0.0
@@ -94,9 +98,9 @@ class EvalSuccessCallback(EveryNSteps):
         self._best: tuple[float, ...] = ()
 
     def resume(self, timesteps: int) -> None:
-        """Go on with the evaluations in the folder, up to ``timesteps``.
+        """Keep the evaluations in the folder up to the step at which training goes on.
 
-        :param timesteps: at which training goes on
+        :param timesteps: that step
         """
         if self.freq > 0:
             self._next = (timesteps // self.freq + 1) * self.freq
@@ -171,7 +175,8 @@ class CheckpointCallback(EveryNSteps):
 
     def __init__(self, freq: int, folder: Path, deferred: Deferred = nullcontext) -> None:
         super().__init__(freq)
-        self.folder, self.deferred = folder, deferred
+        self.folder = folder
+        self.deferred = deferred
 
     def _on_training_start(self) -> None:
         if self.freq > 0:  # nothing to save at the start

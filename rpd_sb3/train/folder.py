@@ -10,13 +10,12 @@ import re
 import shlex
 import subprocess
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import CSVOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
@@ -42,7 +41,7 @@ class SavedRun(NamedTuple):
 
     folder: Path
     args: dict[str, Any]
-    """Command line, resolved."""
+    """Content of ``args.yml``."""
     config: dict[str, Any]
     """Flat section of hyper-parameters."""
 
@@ -112,7 +111,7 @@ def create_run_folder(log_folder: str | Path, algo: str, env_id: str) -> Path:
 def load_run(folder: str | Path) -> SavedRun:
     """Read a run folder.
 
-    :raises ValueError: if it is none
+    :raises ValueError: if it is not one
     """
     folder = Path(folder)
     if not (folder / "args.yml").is_file() or not (folder / "config.yml").is_file():
@@ -226,7 +225,7 @@ def save_model(model: BaseAlgorithm, path: Path, *, label_replay: bool = True) -
 
 
 def has_label_replay(model: BaseAlgorithm) -> bool:
-    """True if the model keeps past labels."""
+    """True if the model replays past labels."""
     size: int = getattr(model, "label_replay", 0)
     return size > 0
 
@@ -262,35 +261,14 @@ def load_model(
 ) -> BaseAlgorithm:
     """A saved model.
 
+    :param algo: that it was trained with
+    :param path: ``.zip`` file
+    :param env: to go on with; None: it only acts
+    :param device: where its network runs
     :raises ValueError: if there is no such file, it is damaged, or does not fit the environment
     """
     read_model_data(str(path))
     return algo.load(path, env=env, device=device)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is complete whenever it is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Write YAML without secrets."""
-    replace_text(path, yaml.safe_dump(redact(content), sort_keys=False, allow_unicode=True))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON without secrets and without NaN: a number that is not finite becomes null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(v) for v in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    replace_text(path, json.dumps(clean(redact(content)), indent=2, allow_nan=False) + "\n")
 
 
 def append_command(folder: Path, argv: Sequence[str]) -> None:
@@ -338,7 +316,7 @@ def _git_commit() -> str | None:
 
 
 class CSVContinuation(CSVOutputFormat):
-    """Goes on with a file that :class:`CSVOutputFormat` has written.
+    """Appends to a file that :class:`CSVOutputFormat` has written.
 
     :param filename: the file
     :param until: timesteps at which training goes on; rows of later ones, from after the checkpoint, are dropped
@@ -348,7 +326,8 @@ class CSVContinuation(CSVOutputFormat):
         self.file = open(filename, "r+", newline="")  # noqa: SIM115  (closed with the logger)
         lines = self.file.read().splitlines()
         self.keys = lines[0].split(",") if lines else []
-        self.separator, self.quotechar = ",", '"'
+        self.separator = ","
+        self.quotechar = '"'
         rows = csv.DictReader(lines)
         kept = [line for line, row in zip(lines[1:], rows) if float(row.get("time/total_timesteps") or 0) <= until]
         self.file.seek(0)

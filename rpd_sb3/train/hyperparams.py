@@ -1,26 +1,36 @@
-"""From a section of a config to checked keyword arguments of an algorithm. Nothing is evaluated."""
+"""From a section of a config to checked keyword arguments of an algorithm.
+
+A config is data: of what it names, only schedules and the classes of :data:`CLASSES` become objects.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
+import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from rpd_sb3.algos.curriculum import CosineSchedule
+from rpd_sb3.cli.config import typed, with_numbers
 from rpd_sb3.contract.names import closest
+from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.students import AutoregressivePolicy, PaperCnnPolicy, TokenPolicy
 
-CLASS_KEYS = ("activation_fn", "features_extractor_class", "optimizer_class")
-"""Keys of ``policy_kwargs`` whose value is the dotted name of a class."""
+CLASSES: dict[str, tuple[type, str]] = {
+    "activation_fn": (th.nn.Module, "torch.nn.ReLU"),
+    "features_extractor_class": (BaseFeaturesExtractor, "stable_baselines3.common.torch_layers.NatureCNN"),
+    "optimizer_class": (th.optim.Optimizer, "torch.optim.AdamW"),
+}
+"""Keys of ``policy_kwargs`` whose value is the dotted name of a class: the class that it must inherit from, and an example."""
 NOT_IN_CONFIG = frozenset(
     {
         "self",
@@ -41,16 +51,7 @@ POLICIES: dict[str, type[BasePolicy]] = {
     "TokenPolicy": TokenPolicy,
 }
 """Our policies, for PPO and what is built on it."""
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _SCHEDULE = re.compile(r"(lin|cos)_(.+)")
-_WANTED = {
-    "Mapping": "a mapping",
-    "bool": "true or false",
-    "Schedule": "a number or a schedule",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a name",
-}
 
 
 @dataclass
@@ -67,7 +68,7 @@ class RunConfig:
     teacher: str | None = None
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     vec_teacher_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Options of :class:`rpd_sb3.envs.VecTeacher`: ``timeout``, ``on_failure``."""
+    """Options of :class:`rpd_sb3.labelling.VecTeacher`: ``timeout``, ``on_failure``, ``patience``, ``instruction``."""
     warm_start: str | None = None
     """``.zip`` of a saved model of the same policy, whose weights training begins with."""
     hyperparams: dict[str, Any] = field(default_factory=dict)
@@ -80,11 +81,12 @@ class RunConfig:
 
 
 RUN_KEYS = tuple(name for name in RunConfig.__dataclass_fields__ if name != "hyperparams")
-VEC_TEACHER_KEYS = ("timeout", "on_failure")
+NOT_OF_VEC_TEACHER = frozenset({"self", "venv", "teacher", "seed", "wait", "label_fraction"})
+"""Arguments of VecTeacher that the library gives; ``label_fraction`` is one of the algorithms."""
 
 
 def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunConfig:
-    """Check every key and the type of its value.
+    """The config of a section, every key and the type of every value checked.
 
     :param section: flat mapping, as in the file
     :param algo: whose constructor arguments are allowed
@@ -93,19 +95,17 @@ def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunC
     known = hyperparameters(algo)
     config = RunConfig()
     for key, raw in section.items():
-        value = _numbers(raw)
+        value = with_numbers(raw)
         if key in known:
-            config.hyperparams[key] = _typed(key, value, known[key].annotation)
+            config.hyperparams[key] = typed(key, value, known[key].annotation)
         elif key in ("n_timesteps", "n_envs"):
-            setattr(config, key, _typed(key, value, int))
+            setattr(config, key, typed(key, value, int))
             if getattr(config, key) < 1:
                 raise ValueError(f"{key}={raw!r} must be at least 1")
         elif key in RUN_KEYS and key.endswith("_kwargs"):
-            setattr(config, key, _mapping(key, value))
+            setattr(config, key, typed(key, value, dict))
         elif key in RUN_KEYS:
-            if not (raw is None or isinstance(raw, str)):
-                raise ValueError(f"{key}={raw!r} must be a name")
-            setattr(config, key, raw)
+            setattr(config, key, typed(key, raw, str | None))
         else:
             names = sorted([*known, *RUN_KEYS])
             raise ValueError(
@@ -113,9 +113,7 @@ def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunC
             )
     if config.policy is not None:
         policy_class(config.policy, algo)
-    for key in config.vec_teacher_kwargs:
-        if key not in VEC_TEACHER_KEYS:
-            raise ValueError(f"unknown key {key!r} in vec_teacher_kwargs; known are {', '.join(VEC_TEACHER_KEYS)}")
+    config.vec_teacher_kwargs = _vec_teacher_kwargs(config.vec_teacher_kwargs)
     _check_batch(config, known)
     build_hyperparams(config, algo)
     return config
@@ -140,12 +138,12 @@ def hyperparameters(algo: type[BaseAlgorithm]) -> dict[str, inspect.Parameter]:
 
 
 def _parameters(owner: type) -> dict[str, inspect.Parameter]:
-    """Constructor arguments; a class that passes ``**kwargs`` on has its own and those of the next class."""
+    """Constructor arguments with types for annotations; a class that passes ``**kwargs`` on has also those of the next class."""
     result: dict[str, inspect.Parameter] = {}
     for cls in owner.__mro__:
         if "__init__" not in cls.__dict__:
             continue
-        parameters = inspect.signature(cls.__dict__["__init__"]).parameters
+        parameters = inspect.signature(cls.__dict__["__init__"], eval_str=True).parameters
         for name, parameter in parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 result.setdefault(name, parameter)
@@ -157,63 +155,17 @@ def _parameters(owner: type) -> dict[str, inspect.Parameter]:
 def build_hyperparams(config: RunConfig, algo: type[BaseAlgorithm]) -> dict[str, Any]:
     """Keyword arguments for the algorithm: schedules and classes instead of their names.
 
-    :raises ValueError: for a schedule or a class that does not exist
+    :raises ValueError: for an unknown schedule, or a class that is missing or not of the kind that its place takes
     """
     known = hyperparameters(algo)
     built = {key: _schedule(key, value, known[key].annotation) for key, value in config.hyperparams.items()}
-    if "policy_kwargs" in built:
+    if built.get("policy_kwargs"):
         built["policy_kwargs"] = _policy_kwargs(built["policy_kwargs"], config.policy, algo)
     return built
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as a string; make numbers of such strings, at any depth."""
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
-
-
-def _typed(key: str, value: Any, annotation: Any) -> Any:
-    """The value, if the annotation allows it; a whole float where an int is due becomes one."""
-    types = _types(annotation)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not types & _WANTED.keys() or (value is None and "None" in types):
-        return value
-    if "Mapping" in types:
-        return _mapping(key, value)
-    if ("bool" in types and isinstance(value, bool)) or ("str" in types and isinstance(value, str)):
-        return value
-    if number and "int" in types and float(value).is_integer():
-        return int(value)
-    if number and "float" in types and math.isfinite(value):
-        return value
-    if "Schedule" in types and isinstance(value, str):
-        return value  # looked at by _schedule
-    wanted = next(text for name, text in _WANTED.items() if name in types)
-    schedule = isinstance(value, str) and _SCHEDULE.fullmatch(value)
-    raise ValueError(f"{key}={value!r} must be {wanted}{', it takes no schedule' if schedule else ''}")
-
-
-def _types(annotation: Any) -> set[str]:
-    """The simple types that an annotation, an object or a string, names; empty if there are none."""
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = re.sub(r"(\w+\.)*Callable\[\[float\], float\]", "Schedule", text).replace("Optional", "None")
-    text = re.sub(r"[dD]ict\[.*?\]", "Mapping", text)
-    return set(re.findall(r"\b(?:int|float|bool|str|Schedule|Mapping|None)\b", text))
-
-
-def _mapping(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{key} must be a mapping, e.g. {key}: {{name: value}}, got {value!r}; strings are not evaluated"
-        )
-    return value
-
-
 def _schedule(key: str, value: Any, annotation: Any) -> Any:
-    if not (isinstance(value, str) and "Schedule" in _types(annotation)):
+    if not isinstance(value, str) or not any(get_origin(option) is Callable for option in get_args(annotation)):
         return value
     match = _SCHEDULE.fullmatch(value)
     try:
@@ -225,30 +177,45 @@ def _schedule(key: str, value: Any, annotation: Any) -> Any:
     return LinearSchedule(start, 0.0, 1.0) if match[1] == "lin" else CosineSchedule(start)
 
 
+def _vec_teacher_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(VecTeacher)
+    known = [name for name in parameters if name not in NOT_OF_VEC_TEACHER]
+    _check_keys("vec_teacher_kwargs", kwargs, known)
+    return {key: typed(f"vec_teacher_kwargs.{key}", value, parameters[key].annotation) for key, value in kwargs.items()}
+
+
 def _policy_kwargs(kwargs: dict[str, Any], policy: str | None, algo: type[BaseAlgorithm]) -> dict[str, Any]:
     parameters = _parameters(policy_class(policy or next(iter(algo.policy_aliases)), algo))
     known = [name for name in parameters if not name.endswith("_space") and name not in ("self", "lr_schedule")]
+    _check_keys("policy_kwargs", kwargs, known)
+    return {key: _class(key, value) if key in CLASSES else value for key, value in kwargs.items()}
+
+
+def _check_keys(where: str, kwargs: Mapping[str, Any], known: list[str]) -> None:
     for key in kwargs:
         if key not in known:
-            raise ValueError(
-                f"unknown key {key!r} in policy_kwargs{closest(key, known) or '; known are ' + ', '.join(known)}"
-            )
-    return {key: _class(key, value) if key in CLASS_KEYS else value for key, value in kwargs.items()}
+            hint = closest(str(key), known) or f"; known are {', '.join(known)}"
+            raise ValueError(f"unknown key {key!r} in {where}{hint}")
 
 
 def _class(key: str, name: Any) -> type:
-    """The class that a dotted name like ``torch.nn.ReLU`` stands for."""
-    module, dot, attribute = str(name).rpartition(".")
+    """The class that a dotted name like ``torch.nn.ReLU`` stands for.
+
+    All that a name can make happen is the import of a module; a class that its place does not take is never called.
+
+    :raises ValueError: if there is no such class, or it does not inherit from what its place takes
+    """
+    base, example = CLASSES[key]
+    expected = f"policy_kwargs.{key}={name!r} must be the full name of a subclass of {base.__name__}, e.g. {example}"
+    module, _, attribute = str(name).rpartition(".")
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ValueError(expected)
     try:
-        if not dot:
-            raise ImportError("no module named")
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"policy_kwargs.{key}={name!r} must be the full name of a class, e.g. torch.nn.ReLU ({error})"
-        ) from error
-    if not isinstance(found, type):
-        raise ValueError(f"policy_kwargs.{key}={name!r} is no class")
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{expected} ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(expected)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A training run from its first evaluation to its last file."""
+"""A training run from the first evaluation to the last file: model, numbers, learning curve, films."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from rpd_sb3.cli.common import Interrupt
-from rpd_sb3.contract.teacher import TeacherError
+from rpd_sb3.cli.files import write_json
+from rpd_sb3.cli.interrupt import Interrupt
+from rpd_sb3.contract.teacher import Teacher, TeacherError
 from rpd_sb3.episodes.agreement import measure_agreement
-from rpd_sb3.episodes.play import EvalResult, describe
+from rpd_sb3.episodes.film import Film, RenderedEnv
+from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, describe, preserved_rng, student_actor, teacher_actor
+from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.train import folder as runs
-from rpd_sb3.train.artifacts import learning_curve, record_video
-from rpd_sb3.train.build import Session
-from rpd_sb3.train.callbacks import CheckpointCallback, EvalSuccessCallback, ProgressCallback
-from rpd_sb3.train.measurements import student_bytes, student_latency, student_parameters
+from rpd_sb3.train.build import TrainingSetup
+from rpd_sb3.train.callbacks import CheckpointCallback, Curve, EvalSuccessCallback, ProgressCallback
+from rpd_sb3.train.cost import student_bytes, student_latency, student_parameters
 
 
-class Trainer:
-    """Trains the model of a session and fills its run folder.
+class TrainingRun:
+    """Trains a model and fills the run folder.
 
-    :param session: what to train
+    :param setup: of :func:`rpd_sb3.train.build.build`
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.teacher: EvalResult | None = None
+    def __init__(self, setup: TrainingSetup) -> None:
+        self.setup = setup
+        self.teacher_result: EvalResult | None = None
         self._progress: ProgressCallback | None = None
-        self._start_steps = session.resumed_at or 0
+        self._start_steps = setup.resumed_at or 0
         self._wall = 0.0
         self._evaluation_s = 0.0
         self._complete = False
@@ -40,7 +43,8 @@ class Trainer:
     def run(self, interrupt: Interrupt) -> int:
         """Train, evaluate, write everything down; the name of the run folder is the last line on stdout.
 
-        :param interrupt: told what must not be interrupted
+        :param interrupt: waits while files are written and in optimizer steps
+        :return: exit code
         """
         self.interrupt = interrupt
         self._make_callbacks()
@@ -49,68 +53,68 @@ class Trainer:
             self._finish()
         finally:
             self._write_down()
-            print(self.session.folder, flush=True)
+            print(self.setup.folder, flush=True)
         return 0
 
     def close(self) -> None:
-        self.session.close()
+        """Close environments and teachers."""
+        self.setup.close()
 
     def _make_callbacks(self) -> None:
-        session, interrupt = self.session, self.interrupt
-        args, folder = session.args, session.folder
-        self.evaluation = EvalSuccessCallback(
-            session.evaluator, max(args["eval_freq"], 0), folder, self._report, interrupt.deferred
-        )
+        setup, deferred = self.setup, self.interrupt.deferred
+        args, folder = setup.args, setup.folder
+        self.evaluation = EvalSuccessCallback(setup.evaluator, max(args.eval_freq, 0), folder, self._report, deferred)
         self._callbacks: list[BaseCallback] = [
             self.evaluation,
-            CheckpointCallback(max(args["save_freq"], 0), folder, interrupt.deferred),
+            CheckpointCallback(max(args.save_freq, 0), folder, deferred),
         ]
-        if sys.stdout.isatty() if args["progress"] is None else args["progress"]:
-            self._progress = ProgressCallback(session.config.n_timesteps)
+        if sys.stdout.isatty() if args.progress is None else args.progress:
+            self._progress = ProgressCallback(setup.config.n_timesteps)
             self._callbacks.append(self._progress)
-        if session.resumed_at is not None:
-            self.evaluation.resume(session.resumed_at)
-        optimizer = getattr(session.model.policy, "optimizer", None)
+        if setup.resumed_at is not None:
+            self.evaluation.resume(setup.resumed_at)
+        optimizer = getattr(setup.model.policy, "optimizer", None)
         if optimizer is not None:
-            interrupt.watch(optimizer)
+            self.interrupt.watch(optimizer)
 
     def _train(self) -> None:
         """Evaluate the teacher, then learn; the model is saved whatever happens.
 
         :raises TeacherError: if the teacher fails
         """
-        session, model = self.session, self.session.model
+        setup, model = self.setup, self.setup.model
         size = student_parameters(model)
-        print(f"{session.args['algo']} on {session.env_id}: {session.config.policy}, {size:,} parameters", flush=True)
+        print(f"{self.title}: {setup.config.policy}, {size:,} parameters", flush=True)
         start = time.monotonic()
         try:
             self._evaluate_teacher()
             start = time.monotonic()
             model.learn(
-                session.config.n_timesteps - self._start_steps,
+                setup.config.n_timesteps - self._start_steps,
                 CallbackList(self._callbacks),
-                reset_num_timesteps=session.resumed_at is None,
+                reset_num_timesteps=setup.resumed_at is None,
             )
         finally:
-            self._wall, self._evaluation_s = time.monotonic() - start, self.evaluation.duration
+            self._wall = time.monotonic() - start
+            self._evaluation_s = self.evaluation.duration
             with self.interrupt.deferred():
                 runs.save_model(model, self.last_model)
 
     def _finish(self) -> None:
-        """The last evaluation, and what the report tells of student and teacher."""
+        """Evaluate the student at the end, measure its latency and its agreement with the teacher, film both."""
         self.evaluation.act()
         self._complete = True
-        session, teacher = self.session, self.session.evaluation_teacher
-        session.evaluator.close()  # its environments are not needed any more, and take memory
-        self._latency = student_latency(session.model)
+        setup, teacher = self.setup, self.setup.evaluation_teacher
+        setup.evaluator.close()  # its environments are not needed any more, and take memory
+        self._latency = student_latency(setup.model)
         if teacher is not None:
             try:
-                self._agreement = measure_agreement(session.evaluator, session.model)
+                self._agreement = measure_agreement(setup.evaluator, setup.model)
             except TeacherError as error:
                 print(f"no agreement: {error}", flush=True)
-        for name, who in (("video.mp4", session.model), ("teacher_video.mp4", teacher)):
-            if session.args["video"] and who is not None:
-                problem = record_video(session.folder / name, session.env_id, session.config.env_kwargs, who)
+        for name, who in (("video.mp4", setup.model), ("teacher_video.mp4", teacher)):
+            if setup.args.video and who is not None:
+                problem = record_video(setup.folder / name, setup.args.env, setup.config.env_kwargs, who)
                 if problem:
                     print(f"no {name}: {problem}", flush=True)
 
@@ -119,35 +123,35 @@ class Trainer:
         if self._progress:
             self._progress.close()
         with self.interrupt.deferred():
-            runs.write_json(self.session.folder / "result.json", self.result())
+            write_json(self.setup.folder / "result.json", self.result())
             if self.evaluation.timesteps:
-                title = f"{self.session.args['algo']} on {self.session.env_id}"
-                learning_curve(self.session.folder / "learning_curve.png", title, self.evaluation.curve(), self.teacher)
-        self.session.model.logger.close()
+                path = self.setup.folder / "learning_curve.png"
+                learning_curve(path, self.title, self.evaluation.curve(), self.teacher_result)
+        self.setup.model.logger.close()
         if not self._complete:
-            print(f"stopped after {self.session.model.num_timesteps:,} steps; the model is in {self.last_model}")
+            print(f"stopped after {self.setup.model.num_timesteps:,} steps; the model is in {self.last_model}")
 
     def result(self) -> dict[str, Any]:
         """The content of ``result.json``. Times, queries and ``labels_per_transition`` count from ``resumed_at`` on."""
-        session, model = self.session, self.session.model
+        setup, model = self.setup, self.setup.model
         steps = model.num_timesteps - self._start_steps
-        vec_teacher = session.vec_teacher
+        vec_teacher = find_vec_teacher(model.env)
         queries = None if vec_teacher is None else vec_teacher.n_labels
-        spec = None if session.teacher is None else session.teacher.spec
+        spec = None if setup.teacher is None else setup.teacher.spec
         label_time = None if vec_teacher is None else vec_teacher.label_time
         last = self.evaluation.last
         return {
-            "algo": session.args["algo"],
-            "env": session.env_id,
-            "seed": session.args["seed"],
+            "algo": setup.args.algo,
+            "env": setup.args.env,
+            "seed": setup.args.seed,
             "complete": self._complete,
             "timesteps": model.num_timesteps,
-            "resumed_at": session.resumed_at,
+            "resumed_at": setup.resumed_at,
             "wall_s": round(self._wall, 3),
             "evaluation_s": round(self._evaluation_s, 3),
             "fps": round(steps / self._wall, 1) if self._wall else None,
             "student": None if last is None else last.summary() | {"timesteps": self.evaluation.timesteps[-1]},
-            "teacher": None if self.teacher is None else self.teacher.summary(),
+            "teacher": None if self.teacher_result is None else self.teacher_result.summary(),
             "teacher_queries": queries,
             "labels_per_transition": queries / steps if queries is not None and steps else None,
             "student_parameters": student_parameters(model),
@@ -162,19 +166,77 @@ class Trainer:
         }
 
     @property
+    def title(self) -> str:
+        """Which algorithm learns where."""
+        return f"{self.setup.args.algo} on {self.setup.args.env}"
+
+    @property
     def last_model(self) -> Path:
         """Where the model is saved at the end."""
-        return self.session.folder / f"{runs.file_name(self.session.env_id)}.zip"
+        return self.setup.folder / f"{runs.file_name(self.setup.args.env)}.zip"
 
     def _evaluate_teacher(self) -> None:
-        session = self.session
-        if session.teacher is None:
+        setup = self.setup
+        if setup.teacher is None:
             return
-        self.teacher = session.evaluator.teacher()
-        print(f"teacher {session.teacher.spec.name}: {describe(self.teacher)}", flush=True)
-        obs = session.config.env_kwargs.get("obs", "state")
-        if obs == "state" and any(name.startswith("images.") for name in session.teacher.spec.inputs):
-            session.evaluator.hide_teacher()  # the student's evaluations need not render
+        self.teacher_result = setup.evaluator.teacher()
+        print(f"teacher {setup.teacher.spec.name}: {describe(self.teacher_result)}", flush=True)
+        obs = setup.config.env_kwargs.get("obs", "state")
+        if obs == "state" and any(name.startswith("images.") for name in setup.teacher.spec.inputs):
+            setup.evaluator.hide_teacher()  # the student's evaluations need not render
 
     def _report(self, timesteps: int, result: EvalResult) -> None:
         print(f"{timesteps:>10,} steps: {describe(result)}", flush=True)
+
+
+def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | None) -> None:
+    """Draw the student's evaluations over environment steps, and the teacher's as a dashed line.
+
+    :param path: ``.png`` file
+    :param title: of the figure
+    :param curve: of the student
+    :param teacher: None: no line
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    (line,) = axes.plot(curve.timesteps, curve.mean, label="student")
+    axes.fill_between(curve.timesteps, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if teacher is not None:
+        level = teacher.success_once if curve.is_success else teacher.mean_return
+        axes.axhline(level or 0.0, color="black", linestyle="--", label="teacher")
+    if curve.is_success:
+        axes.set_ylim(-0.02, 1.02)
+    axes.set(
+        title=title, xlabel="environment steps", ylabel="success (once, 95 % Wilson)" if curve.is_success else "return"
+    )
+    axes.legend(loc="best")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def record_video(
+    path: Path, env_id: str, env_kwargs: dict[str, Any], policy: BaseAlgorithm | Teacher, n_episodes: int = 3
+) -> str | None:
+    """Film the first evaluation episodes.
+
+    :param path: ``.mp4`` file
+    :param env_id: as in :func:`rpd_sb3.envs.make_env`
+    :param env_kwargs: its options
+    :param policy: the student, or the teacher
+    :param n_episodes: how many
+    :return: why there is no video; None if there is
+    """
+    teacher = None if isinstance(policy, BaseAlgorithm) else policy
+    make_actor = (lambda _: student_actor(policy)) if isinstance(policy, BaseAlgorithm) else teacher_actor
+    try:
+        with preserved_rng(), Film(path) as film, RenderedEnv(env_id, env_kwargs, film, make_actor, teacher) as stage:
+            for episode in range(n_episodes):
+                stage.play(EVAL_SEED + episode)
+    except Exception as error:  # of renderers, encoders, teachers: a finished run must not be lost for it
+        path.unlink(missing_ok=True)
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

@@ -13,8 +13,8 @@ from rpd_sb3.wire import PROTOCOL_VERSION
 from rpd_sb3.wire.tensors import ProtocolError
 
 _PLAIN = ("name", "control_mode", "env_id", "stateful", "n_bins", "gripper", "rotation", "rotation_sign", "unnorm_key")
-_OPTIONAL = ("n_parameters", "n_bytes")
-"""Fields that an older peer neither sends nor reads, and that nothing depends on."""
+_OPTIONAL = ("stochastic", "n_parameters", "n_bytes")
+"""Fields that an older peer neither sends nor reads."""
 ASKERS_INPUTS = {"env_id": "INT64", "episode_start": "BOOL", "action": "FP32", "action_tokens": "INT64"}
 """What every query may carry besides the teacher's inputs; teachers with a memory need the first two."""
 
@@ -72,6 +72,7 @@ def spec_from_json(content: Mapping[str, Any]) -> TeacherSpec:
             input_shapes={key: tuple(map(int, shape)) for key, shape in content["input_shapes"].items()},
             token_bounds=_bounds(content["token_bounds"]),
             **{key: content[key] for key in _PLAIN},
+            stochastic=bool(content.get("stochastic", False)),
             n_parameters=_count(content.get("n_parameters")),
             n_bytes=_count(content.get("n_bytes")),
         )

@@ -1,127 +1,21 @@
-"""Sections, command-line pairs and the checks on them."""
+"""Config files and command-line pairs: how they are read, found, merged and checked."""
 
 from __future__ import annotations
 
-import math
-import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
-import torch as th
+import yaml
 
-from rpd_sb3.algos import ALGOS, RPD
-from rpd_sb3.cli.config import find_config, load_section, load_yaml, merge, parse_pairs
-from rpd_sb3.envs.tasks import TASKS
-from rpd_sb3.train.hyperparams import CosineSchedule, build_hyperparams, check_section, hyperparameters
-
-PPO = ALGOS["ppo"]
+from rpd_sb3.cli.config import load_section, load_yaml, merge, parse_pairs, read_yaml, typed, with_numbers
 
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "config.yml"
     path.write_text(text)
     return path
-
-
-@pytest.mark.parametrize(("text", "expected"), [("3e-4", 3e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5e1", 5.0)])
-def test_scientific_notation_is_a_number(text: str, expected: float) -> None:
-    assert check_section({"ent_coef": text}, PPO).hyperparams["ent_coef"] == expected
-
-
-def test_scientific_notation_is_a_number_at_any_depth() -> None:
-    config = check_section({"policy_kwargs": {"optimizer_kwargs": {"eps": "1e-5"}}}, PPO)
-    assert config.hyperparams["policy_kwargs"]["optimizer_kwargs"]["eps"] == 1e-5
-
-
-def test_whole_float_becomes_int() -> None:
-    config = check_section({"n_timesteps": "1e5", "n_steps": "2e2", "n_envs": 2}, PPO)
-    assert (config.n_timesteps, config.hyperparams["n_steps"]) == (100_000, 200)
-    assert isinstance(config.n_timesteps, int)
-    assert isinstance(config.hyperparams["n_steps"], int)
-
-
-@pytest.mark.parametrize(
-    ("text", "values"), [("lin_3e-4", (3e-4, 1.5e-4, 0.0)), ("cos_1.0", (1.0, 0.5, 0.0)), ("cos_2", (2.0, 1.0, 0.0))]
-)
-def test_schedule_goes_to_zero(text: str, values: tuple[float, ...]) -> None:
-    schedule = build_hyperparams(check_section({"learning_rate": text}, PPO), PPO)["learning_rate"]
-    assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx(values, abs=1e-15)
-
-
-def test_cosine_schedule_is_flat_at_both_ends() -> None:
-    schedule = CosineSchedule(1.0)
-    assert schedule(0.75) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert 1 - schedule(0.99) < 3e-4
-
-
-def test_cosine_schedule_survives_pickling() -> None:
-    assert pickle.loads(pickle.dumps(CosineSchedule(0.3)))(0.5) == pytest.approx(0.15)
-
-
-def test_class_names_become_classes() -> None:
-    section = {"policy_kwargs": {"activation_fn": "torch.nn.ReLU", "optimizer_class": "torch.optim.SGD"}}
-    built = build_hyperparams(check_section(section, PPO), PPO)["policy_kwargs"]
-    assert built == {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.SGD}
-
-
-def test_only_known_keys_are_resolved() -> None:
-    section = {"policy_kwargs": {"optimizer_kwargs": {"activation_fn": "torch.nn.ReLU"}}}
-    built = build_hyperparams(check_section(section, PPO), PPO)["policy_kwargs"]
-    assert built["optimizer_kwargs"]["activation_fn"] == "torch.nn.ReLU"
-
-
-def test_config_keeps_what_the_file_says() -> None:
-    section = {"n_envs": 2, "learning_rate": "lin_3e-4", "policy_kwargs": {"activation_fn": "torch.nn.ReLU"}}
-    config = check_section(section, PPO)
-    build_hyperparams(config, PPO)
-    assert config.as_dict() == section | {"n_timesteps": 100_000}
-    assert check_section(config.as_dict(), PPO) == config
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"gama": 1}, "unknown key 'gama' for RPD; did you mean 'gamma'"),
-        ({"env": "PickCube-v1"}, "unknown key 'env'"),
-        ({"seed": 1}, "unknown key 'seed'"),
-        ({"normalize": True}, "unknown key 'normalize'"),
-        ({"gamma": "0.9x"}, "gamma='0.9x' must be a number"),
-        ({"gamma": None}, "gamma=None must be a number"),
-        ({"gamma": float("nan")}, "gamma=nan must be a number"),
-        ({"gamma": "lin_0.9"}, "gamma='lin_0.9' must be a number, it takes no schedule"),
-        ({"learning_rate": "lin_"}, "learning_rate='lin_' must be a number, or a schedule like"),
-        ({"learning_rate": "cos_fast"}, "learning_rate='cos_fast' must be"),
-        ({"learning_rate": "exp_1"}, "learning_rate='exp_1' must be"),
-        ({"learning_rate": True}, "learning_rate=True must be a number or a schedule"),
-        ({"n_steps": 1.5}, "n_steps=1.5 must be a whole number"),
-        ({"n_envs": 0}, "n_envs=0 must be at least 1"),
-        ({"n_timesteps": "lots"}, "n_timesteps='lots' must be a whole number"),
-        ({"use_sde": 1}, "use_sde=1 must be true or false"),
-        ({"loss": 3}, "loss=3 must be a name"),
-        ({"policy": "MlpPolice"}, "policy 'MlpPolice' is unknown; RPD has MlpPolicy"),
-        ({"teacher": 3}, "teacher=3 must be a name"),
-        ({"policy_kwargs": "dict(net_arch=[64])"}, "policy_kwargs must be a mapping.*strings are not evaluated"),
-        ({"policy_kwargs": {"netarch": [64]}}, "unknown key 'netarch' in policy_kwargs; did you mean 'net_arch'"),
-        ({"policy_kwargs": {"activation_fn": "nn.ReLU"}}, "activation_fn='nn.ReLU' must be the full name of a class"),
-        ({"policy_kwargs": {"activation_fn": "torch.nn.Relu"}}, "activation_fn='torch.nn.Relu' must be the full"),
-        ({"policy_kwargs": {"activation_fn": "torch.nn.functional.relu"}}, "relu' is no class"),
-        ({"policy_kwargs": {"activation_fn": "ReLU"}}, "activation_fn='ReLU' must be the full name"),
-        ({"env_kwargs": ["reward", "dense"]}, "env_kwargs must be a mapping"),
-        ({"vec_teacher_kwargs": {"timout": 3}}, "unknown key 'timout' in vec_teacher_kwargs; known are timeout"),
-        ({"n_envs": 4, "n_steps": 8, "batch_size": 64}, r"batch_size=64 is larger than .* 8 \* 4 = 32 transitions"),
-    ],
-)
-def test_bad_section_is_named(section: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_section(section, RPD)
-
-
-def test_arguments_of_all_classes_that_pass_kwargs_on_are_known() -> None:
-    known = hyperparameters(RPD)
-    assert {"loss", "distill_coef", "label_replay", "gamma", "target_kl", "policy_kwargs"} <= known.keys()
-    assert not known.keys() & {"self", "policy", "env", "seed", "device", "verbose", "kwargs", "monitor_wrapper"}
-    assert "loss" not in hyperparameters(PPO)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -157,7 +51,7 @@ def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: 
     ("text", "section", "message"),
     [
         (SECTIONS, "papr", "has no section 'papr', only default, A-v0, .*; did you mean 'paper'"),
-        ("A-v0: {}", None, "has no section 'B-v0' or 'default', only A-v0"),
+        ("A-v0: {}\n1: {}", None, "has no section 'B-v0' or 'default', only A-v0, 1"),
         ("B-v0: 3", None, "section 'B-v0': expected a mapping, got 3"),
         ("- 1\n", None, "expected a mapping at the top, got list"),
         ("", None, "expected a mapping at the top, got NoneType"),
@@ -168,6 +62,41 @@ def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: 
 def test_bad_file_is_named(tmp_path: Path, text: str, section: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_section(write(tmp_path, text), "B-v0", section=section)
+
+
+ALIAS_BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 100))
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], y: 1}}\n" for i in range(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (ALIAS_BOMB, "more than 100000"),
+        (MERGE_BOMB, "more than 100000"),
+        ("a: &a [1, *a]", "contains itself"),
+        ("a: &a {b: {c: *a}}", "contains itself"),
+        ("a: " + "[" * 40 + "]" * 40, "nested more than 32"),
+        ("a: " + "[" * 600 + "]" * 600, "nested more than 32"),
+        ("a: " + "x" * 2**20, "longer than 1048576"),
+    ],
+    ids=["aliases", "merges", "self", "self deeper", "deep", "very deep", "long"],
+)
+def test_document_beyond_the_limits_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=problem):
+        read_yaml(text)
+    with pytest.raises(ValueError, match=rf"config file .*{problem}"):
+        load_yaml(write(tmp_path, text))
+
+
+def test_pair_beyond_the_limits_is_refused() -> None:
+    with pytest.raises(ValueError, match="-params: .*nested more than"):
+        parse_pairs(["a:" + "[" * 40 + "]" * 40], "-params")
+
+
+def test_aliases_and_merges_within_the_limits_are_read() -> None:
+    text = "a: &a {x: 1, z: [1]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n"
+    assert read_yaml(text) == yaml.safe_load(text)
+    assert read_yaml("") is None
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -201,7 +130,7 @@ def test_pairs_are_yaml_and_nest() -> None:
     [
         (["gamma"], "-params: 'gamma' is not of the form key:value"),
         ([":3"], "-params: ':3' is not of the form key:value"),
-        (["a:[1"], r"-params: the value of 'a:\[1' is not YAML"),
+        (["a:[1"], r"-params: the value of 'a:\[1' cannot be read as YAML"),
         (["a:1", "a.b:2"], "-params: 'a.b:2' contradicts"),
     ],
 )
@@ -217,64 +146,55 @@ def test_merge_keeps_the_other_keys_of_a_mapping() -> None:
     assert section["policy_kwargs"] == {"net_arch": [64], "log_std_init": 0}
 
 
-# The configs that come with the library -------------------------------------------------------------------------------
+# Types ----------------------------------------------------------------------------------------------------------------
+
+SCHEDULE = float | Callable[[float], float]
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_every_section_of_the_zoo_is_valid(algo: str) -> None:
-    path = find_config(algo)
-    for name in load_yaml(path):
-        check_section(load_section(path, "", section=name), ALGOS[algo])
+def test_strings_in_scientific_notation_become_numbers_at_any_depth() -> None:
+    value = {"a": "3e-4", "b": ["1E5", {"c": "-2.5e+3"}], "d": ".5e1", "e": "1e", "f": "e5", "g": 1, "h": "rgb"}
+    assert with_numbers(value) == value | {"a": 3e-4, "b": [1e5, {"c": -2500.0}], "d": 5.0}
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
-@pytest.mark.parametrize("env_id", TASKS)
-def test_every_task_has_a_sparse_and_a_dense_section(algo: str, env_id: str) -> None:
-    sections = load_yaml(find_config(algo))
-    assert sections[env_id].get("env_kwargs", {}).get("reward", "sparse") == "sparse"
-    assert sections[f"{env_id}-dense"]["env_kwargs"]["reward"] == "dense"
-    assert sections[f"{env_id}-dense"]["gamma"] == 0.8
-    assert ("teacher" in sections[env_id]) == (algo == "rpd_ppo")
-
-
-@pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
-@pytest.mark.parametrize("env_id", TASKS)
-@pytest.mark.parametrize("obs", ["rgb", "rgb+state"])
-def test_every_task_has_sections_for_pixels(algo: str, env_id: str, obs: str) -> None:
-    section = load_section(find_config(algo), env_id, asked=[obs])
-    assert section["env_kwargs"]["obs"] == obs
-    assert section["policy_kwargs"]["features_extractor_class"] == "rpd_sb3.students.CompactCNN"
-
-
-@pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
 @pytest.mark.parametrize(
-    ("section", "gamma", "reward"), [("paper-sparse", 0.99, "sparse"), ("paper-dense", 0.8, "dense")]
+    ("value", "annotation", "expected"),
+    [
+        (2e2, int, 200),
+        (1, float, 1),
+        (0.5, float | None, 0.5),
+        (None, Optional[float], None),  # noqa: UP045  (as SB3 writes it)
+        (True, bool, True),
+        ("lin_3e-4", SCHEDULE, "lin_3e-4"),
+        (3e-4, SCHEDULE, 3e-4),
+        ("l1", str | None, "l1"),
+        ({"a": 1}, dict[str, Any] | None, {"a": 1}),
+        (["a:1"], list[str], ["a:1"]),
+        ("anything", Path, "anything"),
+        ([1], float | tuple[float, ...], [1]),
+    ],
 )
-def test_paper_sections_have_the_authors_numbers(algo: str, section: str, gamma: float, reward: str) -> None:
-    config = check_section(load_section(find_config(algo), "PickCube-v1", section=section), ALGOS[algo])
-    expected = {
-        "n_steps": 50,
-        "batch_size": 133,
-        "n_epochs": 8,
-        "learning_rate": 3e-4,
-        "gamma": gamma,
-        "gae_lambda": 0.9,
-        "clip_range": 0.2,
-        "normalize_advantage": True,
-        "ent_coef": 0.0,
-        "vf_coef": 0.25,
-        "max_grad_norm": 0.5,
-        "target_kl": 0.1333,
-    }
-    if algo == "rpd_ppo":
-        expected |= {"loss": "mse", "distill_coef": 1.0}
-    assert config.hyperparams == expected
-    assert (config.n_timesteps, config.n_envs, config.policy) == (30_000_000, 128, "PaperCnnPolicy")
-    assert config.env_kwargs == {
-        "obs": "rgb",
-        "camera": "human",
-        "image_size": 256,
-        "reward": reward,
-        "control_mode": "pd_ee_delta_pose",
-        "on_success": "truncate",
-    }
+def test_value_that_the_annotation_allows(value: Any, annotation: Any, expected: Any) -> None:
+    result = typed("x", value, annotation)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "message"),
+    [
+        (1.5, int, "x=1.5 must be a whole number"),
+        (True, int, "x=True must be a whole number"),
+        (float("inf"), int, "x=inf must be a whole number"),
+        (float("nan"), float, "x=nan must be a number"),
+        (None, float, "x=None must be a number"),
+        (True, SCHEDULE, "x=True must be a number or a schedule"),
+        ("lin_1", float, "it takes no schedule"),
+        (1, bool, "x=1 must be true or false"),
+        (3, str, "x=3 must be a string"),
+        ("dict(a=1)", dict[str, Any], "x='dict.*must be a mapping.*strings are not evaluated"),
+        ("a:1", list[str], "x='a:1' must be a list"),
+    ],
+)
+def test_value_that_the_annotation_does_not_allow(value: Any, annotation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        typed("x", value, annotation)

@@ -1,4 +1,4 @@
-"""What is installed where: the service's side in old Pythons next to a VLA, the students' side in an environment of its own."""
+"""What is installed where: the service next to a VLA, the students' side in an environment of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import configparser
 import importlib.metadata
 import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,12 +66,6 @@ def test_a_service_that_lacks_a_package_says_what_to_install(tmp_path: Path, mon
         message = process.stderr.read().decode()
     assert message.startswith("error: No module named 'prometheus_client'; ")
     assert message.count("\n") == 1
-
-
-def test_training_says_that_python_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
-    assert train.main(["--algo", "ppo", "--env", "PickCube-v1"]) == 2
-    assert capsys.readouterr().err.startswith("error: students need Python 3.10 or newer, this is ")
 
 
 def test_training_says_that_the_students_side_is_missing(

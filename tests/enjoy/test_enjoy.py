@@ -15,8 +15,8 @@ from rpd_sb3.enjoy import __main__ as enjoy
 from rpd_sb3.episodes import film
 from rpd_sb3.evaluate import __main__ as evaluate
 from rpd_sb3.train import __main__ as train
-from tests.cli.test_cli import SMALL, sentence
 from tests.support.tiny_env import TINY, TinyEnv
+from tests.support.train_helpers import SMALL, sentence
 
 
 @pytest.fixture(scope="module")

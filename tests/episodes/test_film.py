@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from rpd_sb3.envs import make_env
 from rpd_sb3.episodes.film import Film, RenderedEnv
 from rpd_sb3.episodes.play import student_actor, teacher_actor
-from rpd_sb3.train.artifacts import record_video
+from rpd_sb3.train.run import record_video
 from tests.support.helpers import EchoTeacher
 from tests.support.tiny_env import TINY, TinyEnv
 

@@ -29,10 +29,10 @@ from rpd_sb3.export import runtime, writer
 from rpd_sb3.export.loading import load_export
 from rpd_sb3.export.observations import facts_of_config, with_image_size
 from rpd_sb3.train import folder as runs
-from tests.cli.test_cli import sentence
 from tests.support import ROOT
 from tests.support.export_helpers import IMAGE, change_manifest, make_run, manifest_of
 from tests.support.tiny_env import TINY
+from tests.support.train_helpers import sentence
 
 pytest.importorskip("onnxruntime")
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rpd_sb3.cli.files import write_json
 from rpd_sb3.export import runtime
 from rpd_sb3.export.card import write_package
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.formats import write_onnx
 from rpd_sb3.export.manifest import action_spec, file_facts, versions
-from rpd_sb3.train.folder import write_json
 from tests.cli.test_install import BLOCK
 from tests.export.conftest import Exported
 from tests.support import ROOT

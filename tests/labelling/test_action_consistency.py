@@ -189,6 +189,7 @@ def test_a_run_keeps_the_bounds_for_its_evaluation_without_the_teacher(tmp_path:
     (config,) = tmp_path.glob("**/config.yml")
     tokens = yaml.safe_load(config.read_text())["env_kwargs"]["tokens"]
     np.testing.assert_array_equal([tokens["low"], tokens["high"]], convert_token_bounds(ArmTeacher().spec))
-    job = evaluate.Job(evaluate.check(["--run", str(config.parent), "--model", "last", "--vec-env", "dummy"]))
-    np.testing.assert_array_equal(find_token_bounds(job.evaluator.venv), convert_token_bounds(ArmTeacher().spec))
-    job.close()
+    args = evaluate.make_parser().parse_args(["--run", str(config.parent), "--model", "last", "--vec-env", "dummy"])
+    command = evaluate.EvaluateCommand(args)
+    np.testing.assert_array_equal(find_token_bounds(command.evaluator.venv), convert_token_bounds(ArmTeacher().spec))
+    command.close()

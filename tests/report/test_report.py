@@ -21,10 +21,10 @@ from rpd_sb3.report.groups import Group, group_records, mean_curve
 from rpd_sb3.report.page import render
 from rpd_sb3.report.records import read_records
 from rpd_sb3.train import __main__ as train
-from tests.cli.test_cli import SMALL, sentence
 from tests.support.browser import PHONE, chromium, needs_browser
 from tests.support.report_helpers import AGREEMENT, K, make_run, result
 from tests.support.tiny_env import TINY, TinyEnv
+from tests.support.train_helpers import SMALL, sentence
 
 
 def read(*folders: str) -> dict[str, list[Group]]:

@@ -75,8 +75,9 @@ def test_a_class_may_take_any_argument(own: Path) -> None:
     [
         ("own_vla.broken:Constant", {}, "module 'own_vla.broken' cannot be imported: No module named 'no_such_vla'"),
         ("own_vla.teachers:Constnt", {}, "module 'own_vla.teachers' has no 'Constnt'; did you mean 'Constant'"),
-        ("own_vla.teachers:function", {}, "is not a Teacher: expected a class with spec, submit"),
-        ("own_vla.teachers:TeacherSpec", {}, "is not a Teacher"),
+        ("own_vla.teachers:function", {}, "expected a class with spec, submit"),
+        ("own_vla.teachers:TeacherSpec", {}, "expected a class with spec, submit"),
+        ("concurrent.futures:ThreadPoolExecutor", {}, "expected a class with spec, submit"),  # it has submit
         ("own_vla.teachers:Bare", {}, "has no spec: its constructor must set self.spec"),
         ("own_vla.teachers:Constant", {"valeu": 1}, r"has no argument 'valeu' \(it has value\); did you mean 'value'"),
         ("own_vla.teachers:", {}, "is unknown; choose one of scripted, .*MODULE:CLASS"),
@@ -99,6 +100,7 @@ def test_openvla_is_made_from_its_folder_with_its_arguments(checkpoint: Path) ->
         assert isinstance(teacher, OpenVLATeacher)
         assert teacher.spec.inputs == ("images.base", "instruction")
         assert "std" in teacher.spec.labels
+        assert teacher.spec.stochastic
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,22 @@ def test_spec_says_what_the_environment_must_provide() -> None:
     assert (spec.env_id, spec.control_mode) == ("PickCube-v1", "pd_ee_delta_pose")
 
 
+@pytest.mark.parametrize(
+    ("options", "stochastic"),
+    [
+        ({"noise": 0.1}, True),
+        ({"dropout": 0.1}, True),
+        ({"n_samples": 2}, True),
+        ({"bias": 0.1, "n_bins": 8, "detour": 0.1, "seed": 1}, False),
+    ],
+)
+def test_spec_says_whether_answers_are_drawn(options: dict[str, Any], stochastic: bool) -> None:
+    teacher = ScriptedTeacher("PickCube-v1", **options)
+    assert teacher.spec.stochastic == stochastic
+    first, second = (label(teacher, random_states(8)) for _ in range(2))
+    assert np.array_equal(first, second) != stochastic
+
+
 def test_submit_answers_like_label() -> None:
     teacher, states = ScriptedTeacher("StackCube-v1"), random_states(4)
     answer = teacher.submit(query(states)).result(timeout=10)

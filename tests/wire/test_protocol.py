@@ -400,11 +400,13 @@ def test_spec_survives_json(spec: TeacherSpec) -> None:
     assert spec_from_json(json.loads(json.dumps(spec_to_json(spec), allow_nan=False))) == spec
 
 
-def test_sizes_of_a_teacher_are_known_if_both_peers_know_them() -> None:
-    content = spec_to_json(replace(full_spec(), n_parameters=7, n_bytes=14))
-    assert (spec_from_json(content).n_parameters, spec_from_json(content).n_bytes) == (7, 14)
-    del content["n_parameters"], content["n_bytes"]  # an older service
-    assert (spec_from_json(content).n_parameters, spec_from_json(content).n_bytes) == (None, None)
+def test_what_an_older_service_does_not_say_is_the_default() -> None:
+    content = spec_to_json(replace(full_spec(), stochastic=True, n_parameters=7, n_bytes=14))
+    spec = spec_from_json(content)
+    assert (spec.stochastic, spec.n_parameters, spec.n_bytes) == (True, 7, 14)
+    del content["stochastic"], content["n_parameters"], content["n_bytes"]  # an older service
+    spec = spec_from_json(content)
+    assert (spec.stochastic, spec.n_parameters, spec.n_bytes) == (False, None, None)
 
 
 def test_replicas_may_keep_their_weights_in_different_precision() -> None:

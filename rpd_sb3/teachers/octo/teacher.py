@@ -110,6 +110,7 @@ class OctoTeacher(LocalTeacher):
             image_sizes={self._cameras[key]: size for key, size in sizes.items()},
             control_mode=control_mode,
             stateful=self._memory.stateful,
+            stochastic=not is_deterministic(checkpoint.model),
             gripper=gripper,
             rotation=rotation,
             rotation_sign=rotation_sign,

@@ -111,6 +111,7 @@ class OpenVLATeacher(LocalTeacher):
             action_space=spaces.Box(-1.0, 1.0, (self._n_actions,), np.float32),
             image_sizes={} if image_size is None else {camera: (image_size, image_size)},
             control_mode=control_mode,
+            stochastic=n_samples > 0,
             n_bins=self._n_bins,
             gripper=gripper,
             rotation=rotation,

@@ -94,6 +94,7 @@ class ScriptedTeacher(LocalTeacher):
             input_shapes={"privileged": (SIZE,)},
             gripper="-1..1",
             rotation="axis_angle",
+            stochastic=bool(noise or dropout or n_samples),
         )
 
     def label(self, query: Query) -> Labels:

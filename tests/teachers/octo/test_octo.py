@@ -54,7 +54,7 @@ def test_spec_says_what_the_teacher_takes_and_gives(checkpoint: str) -> None:
     assert spec.image_sizes == {"human": fake_octo.SIZE}
     assert spec.action_space.shape == (7,)
     assert (spec.gripper, spec.rotation, spec.control_mode) == ("0..1", "euler_xyz", "pd_ee_delta_pose")
-    assert not spec.stateful
+    assert (spec.stateful, spec.stochastic) == (False, True)
     assert (spec.n_parameters, spec.n_bytes) == (3 * 4 + 4, 3 * 4 * 4 + 4 * 2)
     assert spec_from_json(spec_to_json(spec)) == spec
 
@@ -332,7 +332,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 def test_a_deterministic_head_has_no_samples(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_octo, "Head", fake_octo.ContinuousActionHead)
-    make(checkpoint)
+    assert not make(checkpoint).spec.stochastic
     with pytest.raises(ValueError, match="n_samples=2 must be 1: the head of .* is deterministic"):
         make(checkpoint, n_samples=2)
 

@@ -161,6 +161,7 @@ def test_the_spec_says_what_the_checkpoint_is(folder: Path) -> None:
 
 def test_without_samples_there_is_no_std(teacher: OpenVLATeacher) -> None:
     assert teacher.spec.labels == set(ask(teacher)) == {"action", "logits"}
+    assert not teacher.spec.stochastic
 
 
 def test_without_an_image_size_any_will_do(folder: Path) -> None:

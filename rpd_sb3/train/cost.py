@@ -1,4 +1,4 @@
-"""What a student costs: weights, bytes, milliseconds."""
+"""What a student costs: its weights, their bytes, the time of an action."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 WARM_UP = 10
 """Calls that are not measured."""
 BUDGET = 2.0
-"""Seconds after which a slow student is not asked again."""
+"""Seconds after which a slow student is not measured again."""
 
 
 def student_parameters(model: BaseAlgorithm) -> int:
@@ -22,7 +22,7 @@ def student_parameters(model: BaseAlgorithm) -> int:
 
 
 def student_bytes(model: BaseAlgorithm) -> int:
-    """What these weights take in memory."""
+    """Bytes of these weights in memory."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.policy.parameters())
 
 

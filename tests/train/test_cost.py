@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch as th
 from stable_baselines3 import PPO
 
-from rpd_sb3.train.measurements import student_bytes, student_latency, student_parameters
+from rpd_sb3.train.cost import student_bytes, student_latency, student_parameters
 from tests.support.tiny_env import TinyEnv
 
 
