@@ -30,15 +30,14 @@ _WANTED = {
 
 
 def find_config(algo: str) -> Path:
-    """The file that comes with the library: package data, or ``zoo_configs/`` next to the package.
+    """The config of an algorithm that comes with the library.
 
-    :raises ValueError: if there is none for this algorithm
+    :raises ValueError: if there is none
     """
-    package = Path(str(resources.files("rpd_sb3")))
-    for folder in (package / "zoo_configs", package.parent / "zoo_configs"):
-        if (folder / f"{algo}.yml").is_file():
-            return folder / f"{algo}.yml"
-    raise ValueError(f"there is no zoo_configs/{algo}.yml; name a file with --conf-file")
+    path = Path(str(resources.files("rpd_sb3"))) / "zoo_configs" / f"{algo}.yml"
+    if not path.is_file():
+        raise ValueError(f"there is no zoo_configs/{algo}.yml; name a file with --conf-file")
+    return path
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
