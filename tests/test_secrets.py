@@ -24,9 +24,9 @@ from rpd_sb3.report import __main__ as report
 from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.train import __main__ as train
 from rpd_sb3.train.folder import load_run
-from tests.cli.test_cli import QUICK, SMALL, sentence
 from tests.support.serving_helpers import free_port, serving
 from tests.support.tiny_env import TINY
+from tests.support.train_helpers import QUICK, SMALL, sentence
 
 SECRET = re.compile(r"hunter\d+")
 RUN = "tests.support.tiny_env-Tiny-v0_1"

@@ -219,7 +219,3 @@ def _is_teacher_error(error: Exception) -> bool:
     from rpd_sb3.contract.teacher import TeacherError  # late: it brings NumPy and Gymnasium
 
     return isinstance(error, TeacherError)
-
-
-Job = Command
-"""The name that the teacher service imports."""

@@ -15,7 +15,7 @@ _KINDS = {written.partition(":")[0]: kind for written, kind in TEACHERS.items() 
 """What stands before the first colon of a name, to the kind of teacher."""
 
 
-def make_teacher(name: str, env_id: str, **kwargs: Any) -> Teacher:
+def make_teacher(name: str, env_id: str, /, **kwargs: Any) -> Teacher:
     """The teacher that a command line names.
 
     :param name: written as one of :data:`~rpd_sb3.contract.names.TEACHERS`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import importlib.metadata
 import importlib.util
 import re
@@ -15,28 +14,11 @@ import pytest
 from rpd_sb3.serve import __main__ as serve
 from rpd_sb3.train import __main__ as train
 from tests.support import ROOT
+from tests.support.packages import BLOCK, packages
 from tests.support.serving_helpers import free_port, is_ready, serving_process
 
 REPO = ROOT
 MODULES = {"PyYAML": "yaml", "stable-baselines3": "stable_baselines3", "sb3-contrib": "sb3_contrib"}
-
-BLOCK = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {absent!r}:
-            raise ModuleNotFoundError("No module named " + repr(name), name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def packages(section: str, key: str) -> list[str]:
-    """Names of distributions in setup.cfg, without versions."""
-    setup = configparser.RawConfigParser()
-    setup.read(REPO / "setup.cfg")
-    return [re.split(r"[<>=]", line)[0] for line in setup[section][key].split()]
 
 
 def hide(modules: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

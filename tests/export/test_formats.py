@@ -30,10 +30,10 @@ from rpd_sb3.export.formats import (
     write_torch,
 )
 from rpd_sb3.students import TokenPolicy
-from tests.cli.test_install import BLOCK
 from tests.export.conftest import Exported
 from tests.support import ROOT
 from tests.support.export_helpers import ACTION, IMAGE, POLICIES, STATE, TOKENS, make_policy, observations
+from tests.support.packages import BLOCK
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -22,10 +22,10 @@ from rpd_sb3.export.card import write_package
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.formats import write_onnx
 from rpd_sb3.export.manifest import action_spec, file_facts, versions
-from tests.cli.test_install import BLOCK
 from tests.export.conftest import Exported
 from tests.support import ROOT
 from tests.support.export_helpers import POLICIES, change_manifest, observations
+from tests.support.packages import BLOCK
 
 pytest.importorskip("onnxruntime")
 IMAGE, STATE = np.zeros((36, 40, 3), np.uint8), np.zeros(5, np.float32)

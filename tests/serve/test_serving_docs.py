@@ -16,8 +16,8 @@ from rpd_sb3.teachers import Query
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
 from rpd_sb3.train.__main__ import make_parser as make_train_parser
-from tests.cli.test_install import packages
 from tests.support import ROOT
+from tests.support.packages import packages
 from tests.support.serving_helpers import free_port, serving, serving_process
 
 PAGE = (ROOT / "docs" / "serving.md").read_text()

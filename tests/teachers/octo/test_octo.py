@@ -21,9 +21,9 @@ from rpd_sb3.teachers.octo import OctoTeacher
 from rpd_sb3.teachers.octo.package import CLASHES, COMMIT, explained, import_model_class
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 from rpd_sb3.wire.spec import spec_from_json, spec_to_json
-from tests.cli.test_install import packages
 from tests.support import ROOT, fake_octo
 from tests.support.fake_octo import FRAMES, NOISE, OLDEST, SEES, STEP, WORDS, WRIST, OctoModel
+from tests.support.packages import packages
 from tests.support.serving_helpers import serving
 
 
