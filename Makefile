@@ -11,7 +11,7 @@ export PYTHON
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.rpd_sb3-installed
 TEACHER_INSTALLED := $(TEACHER_VENV)/.rpd_sb3-installed
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help train demo-remote test test-slow check format check-format lint type bench doctor system vulkan clean
 .NOTPARALLEL:

@@ -122,7 +122,7 @@ class OnPolicyDistillation(PPO):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        if "_handed_over" in vars(self):
+        if "_handed_over" in vars(self):  # loaded from a file of version 0.1
             self.curriculum = curriculum_of_version_0_1(vars(self))
         if self.rollout_buffer_class is None:
             dict_obs = isinstance(self.observation_space, spaces.Dict)
