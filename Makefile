@@ -1,6 +1,6 @@
 # `make help` lists the targets. `make train` and `make test` set up a fresh machine themselves.
 #   ARGS    more arguments for train, demo-remote, test, bench and doctor:  make train ARGS="--seed 1 -n 50000"
-#   TORCH   what pip shall install:  make test TORCH="torch==2.13.0 --index-url <PyTorch's index for CPU builds>"
+#   TORCH   what pip installs:  make test TORCH="torch==2.13.0 --index-url <PyTorch's index for CPU builds>"
 #   PYTHON  interpreter for the virtual environments, 3.10 to 3.12;  VENV, TEACHER_VENV  where they lie
 VENV ?= .venv
 TEACHER_VENV ?= .venv-teacher

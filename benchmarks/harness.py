@@ -60,7 +60,7 @@ def train(cell: Cell, root: Path) -> dict[str, Any]:
         assert run_folder is not None, "a run that ends well has a complete result.json"
     result = json.loads((run_folder / "result.json").read_text())
     print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
-    command = cell.text.replace(str(root), "ROOT")  # whoever repeats it has another one
+    command = cell.text.replace(str(root), "ROOT")  # the root differs between machines
     return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}
 
 

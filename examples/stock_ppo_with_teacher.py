@@ -1,4 +1,4 @@
-"""Stock SB3 PPO with a teacher looking over its shoulder: our wrapper, somebody else's training script.
+"""Stock SB3 PPO with a teacher looking over its shoulder: our wrapper in an existing training script.
 
 VecTeacher goes around the VecEnv; the student trains as before, and every transition's info dict says what the teacher
 would have done. Here a callback logs how far the student is from its teacher; nothing is distilled.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make sure that Vulkan works: ManiSkill needs a device even for state observations. A GPU's will do; otherwise Mesa's
+# Install a Vulkan driver where none works: ManiSkill needs a device even for state observations. A GPU's will do; otherwise Mesa's
 # software renderer, from 23.2 on. Quick when a device is there. Without root it prints the one command to run.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
