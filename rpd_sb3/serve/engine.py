@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from rpd_sb3.contract.teacher import Labels, Query, Teacher, TeacherError, Teach
 from rpd_sb3.serve.batch import PendingQuery, Unanswerable, as_arrays, check_finite, check_rows, fits, merge, take
 from rpd_sb3.serve.memory import ClientMemory, OutOfStep
 from rpd_sb3.serve.metrics import Metrics
+from rpd_sb3.wire.spec import input_form
+from rpd_sb3.wire.tensors import DATATYPES
 
 logger = logging.getLogger(__name__)
 RECENT = 1.0
@@ -263,19 +264,12 @@ class Engine:
 
 def warm_up(teacher: Teacher) -> None:
     """Have the teacher answer once, where the spec says what its inputs look like: the first answer is the slowest."""
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, np.ndarray] = {}
     for name in teacher.spec.inputs:
-        if name == "instruction":
-            inputs[name] = np.array(["do nothing"])
-        elif name.startswith("images."):
-            size = teacher.spec.image_sizes.get(name.removeprefix("images."))
-            if size is None:
-                return
-            inputs[name] = np.zeros((1, *size, 3), np.uint8)
-        elif name in teacher.spec.input_shapes:
-            inputs[name] = np.zeros((1, *teacher.spec.input_shapes[name]), np.float32)
-        else:
+        datatype, row = input_form(name, teacher.spec)
+        if row is None or -1 in row:
             return
+        inputs[name] = np.array(["do nothing"]) if datatype == "BYTES" else np.zeros((1, *row), DATATYPES[datatype])
     with np.errstate(all="ignore"):
         _label(teacher, Query(inputs, np.zeros(1, np.int64), np.ones(1, bool)))
 
