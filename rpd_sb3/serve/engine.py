@@ -26,10 +26,6 @@ RECENT = 1.0
 class Busy(RuntimeError):
     """Nothing is wrong with the query, but it cannot be answered now."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
 
 class Engine:
     """Loads a teacher and answers queries in batches, all in one thread.

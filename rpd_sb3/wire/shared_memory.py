@@ -17,7 +17,7 @@ import secrets
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -242,8 +242,3 @@ def check_generation(region: Region, offset: int, generation: int) -> None:
     found = int(region.array(offset, (1,), GENERATION)[0])
     if found != generation:
         raise StaleGeneration(f"the shared memory slot is at generation {found}, but the query was {generation}")
-
-
-def region_parameters(key: str, byte_size: int) -> dict[str, Any]:
-    """Body of the protocol's request to register a region."""
-    return {"key": key, "offset": 0, "byte_size": byte_size}
