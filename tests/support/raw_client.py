@@ -48,6 +48,12 @@ def ask(
     return infer(url, arrays, client_id=client, **parameters)
 
 
+def assert_refused(response: requests.Response, code: int, reason: str) -> None:
+    """The response has this status, and its error says this."""
+    assert response.status_code == code, response.text
+    assert reason in response.json()["error"]
+
+
 def labels(response: requests.Response) -> dict[str, np.ndarray]:
     """What the response to an inference request says."""
     assert response.status_code == 200, response.text
