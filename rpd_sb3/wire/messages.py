@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -205,16 +206,13 @@ def parse_request(body: bytes | memoryview, header_length: str | None, labels: C
             _natural(parameters, "shared_memory_generation_offset", owner),
             _natural(parameters, "shared_memory_generation", owner),
         )
-    timeout = float("inf")
-    if "timeout" in parameters:
-        timeout = _natural(parameters, "timeout", owner) / 1e6  # microseconds, as in Triton
     return Request(
         inputs,
         _outputs(header.get("outputs"), _flag(parameters, "binary_data_output", owner, False), labels),
         identity,
         _text(parameters, "client_id", owner) if "client_id" in parameters else "",
         _natural(parameters, "sequence", owner) if "sequence" in parameters else None,
-        timeout,
+        _natural(parameters, "timeout", owner) / 1e6 if "timeout" in parameters else inf,  # microseconds, as in Triton
         generation,
     )
 

@@ -66,6 +66,7 @@ def roundtrip(message: Message, tensors: str = "inputs") -> dict[str, np.ndarray
 def test_raw_bytes_give_the_array_back(datatype: str, shape: tuple[int, ...]) -> None:
     array = example(datatype).reshape(shape)
     back = from_bytes(to_bytes(array), datatype, shape, "x")
+    assert datatype_of(array) == datatype
     assert back.dtype == DATATYPES[datatype]
     np.testing.assert_array_equal(back, array)
 
@@ -89,11 +90,6 @@ def test_json_gives_the_array_back(datatype: str, nested: bool) -> None:
     expected = np.vectorize(str.encode, otypes=[object])(array) if datatype == "BYTES" else array
     assert back.dtype == DATATYPES[datatype]
     np.testing.assert_array_equal(back, expected)
-
-
-@pytest.mark.parametrize("datatype", list(DATATYPES))
-def test_every_datatype_is_recognised_by_its_dtype(datatype: str) -> None:
-    assert datatype_of(np.zeros(1, DATATYPES[datatype])) == datatype
 
 
 def test_text_is_sent_as_utf8() -> None:
@@ -252,9 +248,7 @@ def placed(**parameters: Any) -> list[dict[str, Any]]:
         ([{**A, "data": [1]}, {**A, "data": [1]}], b"", "'a' comes twice"),
         ([{**A, "parameters": 1}], b"", "parameters must be an object"),
         (placed(binary_data_size=4), b"123", "'a': 3 bytes are left"),
-        (placed(binary_data_size=True), b"1", "binary_data_size must be"),
         (placed(binary_data_size=-4), b"", "binary_data_size must be"),
-        (placed(binary_data_size="4"), b"1234", "binary_data_size must be"),
         ([{**A, "data": [1]}], b"12", "2 bytes of the message"),
         (placed(shared_memory_region=3), b"", "'a': shared_memory_region must be"),
         (placed(shared_memory_region="r"), b"", "'a': shared_memory_byte_size must be"),

@@ -21,7 +21,7 @@ import requests
 from rpd_sb3.serve import regions as regions_module
 from rpd_sb3.serve.regions import Regions
 from rpd_sb3.wire import shared_memory
-from rpd_sb3.wire.messages import Place, RegionRequest, SharedTensor, build, describe_shared
+from rpd_sb3.wire.messages import Place, RegionRequest, SharedTensor
 from rpd_sb3.wire.shared_memory import (
     FOLDER,
     PREFIX,
@@ -37,7 +37,7 @@ from rpd_sb3.wire.shared_memory import (
 )
 from rpd_sb3.wire.tensors import from_bytes
 from tests.support.helpers import EchoTeacher
-from tests.support.raw_client import HeldTeacher, assert_refused, labels, post
+from tests.support.raw_client import HeldTeacher, assert_refused, infer, labels, post
 from tests.support.serving_helpers import Running, free_port, serving, serving_process, states, wait_for
 
 MEMORY = "/v2/systemsharedmemory"
@@ -66,29 +66,12 @@ def echo() -> Iterator[Running]:
         yield service
 
 
-def names_of(*pids: int) -> list[str]:
-    """Shared memory objects that these processes have made."""
-    return [path.name for pid in pids for path in FOLDER.glob(f"{PREFIX}{pid}-*")]
-
-
 def register(url: str, name: str, body: Any) -> requests.Response:
     return post(url, json.dumps(body).encode(), path=f"{MEMORY}/region/{name}/register")
 
 
 def status(url: str, path: str = "") -> requests.Response:
     return requests.get(f"{url}{MEMORY}{path}/status", timeout=30)
-
-
-def infer(
-    url: str, tensors: dict[str, SharedTensor], outputs: Any = None, arrays: Any = None, **parameters: Any
-) -> requests.Response:
-    """An inference request whose inputs lie in shared memory."""
-    header: dict[str, Any] = {"parameters": {"binary_data_output": True, **parameters}}
-    if outputs is not None:
-        header["outputs"] = outputs
-    entries = [describe_shared(name, tensor) for name, tensor in tensors.items()]
-    message = build(header, "inputs", arrays or {}, entries=entries)
-    return post(url, message.body, message.headers)
 
 
 def put(region: Region, offset: int, array: np.ndarray, name: str) -> SharedTensor:
@@ -189,7 +172,7 @@ def test_inputs_and_outputs_lie_in_regions(region: tuple[str, Region], echo: Run
     register(echo.url, "both", {"key": key, "offset": 0, "byte_size": 2**16})
     where = {"shared_memory_region": "both", "shared_memory_offset": 1000, "shared_memory_byte_size": 24}
     response = infer(
-        echo.url, {"state": put(memory, 8, states(3), "both")}, outputs=[{"name": "action", "parameters": where}]
+        echo.url, {}, [{"name": "action", "parameters": where}], {"state": put(memory, 8, states(3), "both")}
     )
     assert response.json()["outputs"] == [{"name": "action", "datatype": "FP32", "shape": [3, 2], "parameters": where}]
     np.testing.assert_array_equal(memory.array(1000, (3, 2), np.dtype("<f4")), states(3)[:, 1:3])
@@ -200,7 +183,7 @@ def test_region_may_begin_anywhere_in_its_object(region: tuple[str, Region], ech
     key, memory = region
     put(memory, 5000, states(2), "far")
     register(echo.url, "far", {"key": key, "offset": 5000, "byte_size": 24})
-    response = infer(echo.url, {"state": SharedTensor(Place("far", 0, 24), "FP32", (2, 3))})
+    response = infer(echo.url, {}, shared={"state": SharedTensor(Place("far", 0, 24), "FP32", (2, 3))})
     np.testing.assert_array_equal(labels(response)["action"], states(2)[:, 1:3])
     post(echo.url, b"", path=f"{MEMORY}/unregister")
 
@@ -223,7 +206,7 @@ def registered(region: tuple[str, Region], echo: Running) -> Iterator[str]:
     ],
 )
 def test_input_outside_its_region_is_refused(registered: str, place: Place, code: int, reason: str) -> None:
-    assert_refused(infer(registered, {"state": SharedTensor(place, "FP32", (2, 3))}), code, reason)
+    assert_refused(infer(registered, {}, shared={"state": SharedTensor(place, "FP32", (2, 3))}), code, reason)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +219,14 @@ def test_input_outside_its_region_is_refused(registered: str, place: Place, code
 )
 def test_output_that_has_no_place_is_refused(registered: str, where: dict[str, Any], code: int, reason: str) -> None:
     outputs = [{"name": "action", "parameters": {"shared_memory_region": "r", **where}}]
-    assert_refused(infer(registered, {}, outputs, {"state": states(2)}), code, reason)
+    assert_refused(infer(registered, outputs=outputs), code, reason)
 
 
 def test_output_that_has_no_place_costs_no_work() -> None:
     teacher = EchoTeacher()
     outputs = [{"name": "action", "parameters": {"shared_memory_region": "none", "shared_memory_byte_size": 16}}]
     with serving(lambda: teacher) as service:
-        assert infer(service.url, {}, outputs, {"state": states(2)}).status_code == 404
+        assert infer(service.url, outputs=outputs).status_code == 404
     assert teacher.queries == []
 
 
@@ -265,7 +248,7 @@ class RingClient:
             "shared_memory_generation_region": self.ring.name,
             "shared_memory_generation_offset": self.slot.offset,
         }
-        return infer(self.url, tensors, **{**parameters, **change})
+        return infer(self.url, {}, shared=tensors, **{**parameters, **change})
 
 
 def test_query_in_a_slot_is_answered(echo: Running) -> None:
@@ -503,7 +486,7 @@ def test_nothing_is_left_when_both_are_killed(first: str) -> None:
             for process in victims:
                 process.send_signal(signal.SIGKILL)
                 process.wait(30)
-        assert names_of(client.pid, server.pid) == []
+        assert [path for pid in (client.pid, server.pid) for path in FOLDER.glob(f"{PREFIX}{pid}-*")] == []
 
 
 def test_service_without_shared_memory_refuses_regions(region: tuple[str, Region]) -> None:
