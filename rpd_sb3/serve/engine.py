@@ -95,7 +95,8 @@ class Engine:
             pending.answer.set_running_or_notify_cancel()  # cannot be cancelled any more: others may wait for it
             if self.spec.stateful and pending.sequence is not None:
                 known = self.memory.repeated(pending.client, pending.sequence)
-                if known is not None and not _was_put_off(known):
+                # One that was put off has not reached the teacher's memory, and is asked now.
+                if known is not None and not (known.done() and isinstance(known.exception(), Busy)):
                     return known
             if self.spec.stateful:
                 query = pending.query
@@ -276,8 +277,3 @@ def _label(teacher: Teacher, query: Query) -> Labels:
     query = query._replace(inputs=inputs)
     label = getattr(teacher, "label", None)  # in this thread, if the teacher can
     return as_arrays(teacher.spec, label(query) if label is not None else teacher.submit(query).result())
-
-
-def _was_put_off(answer: Future[Labels]) -> bool:
-    """True if the query was given back unanswered, so that the teacher's memory knows nothing of it."""
-    return answer.done() and isinstance(answer.exception(), Busy)

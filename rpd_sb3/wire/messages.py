@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from rpd_sb3.wire.tensors import ProtocolError, check_header, datatype_of, from_bytes, from_json, to_bytes, to_json
+from rpd_sb3.wire.tensors import ProtocolError, check_header, datatype_of, from_bytes, from_json, to_bytes
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
@@ -99,9 +99,9 @@ def build(
     :param header: the rest of the JSON object
     :param tensors: ``inputs`` or ``outputs``
     :param arrays: tensor name to its content, to be sent as raw bytes
-    :param plain: tensors to be sent as JSON
+    :param plain: tensors of finite numbers or text, to be sent as JSON
     :param entries: descriptions of tensors whose content is elsewhere
-    :raises ProtocolError: for a plain tensor that JSON cannot hold
+    :raises ProtocolError: for an array whose dtype the protocol does not know
     """
     described = list(entries)
     chunks = []
@@ -109,8 +109,8 @@ def build(
         chunks.append(to_bytes(array))
         described.append(_entry(name, array, parameters={"binary_data_size": len(chunks[-1])}))
     for name, array in (plain or {}).items():
-        described.append(_entry(name, array, data=to_json(array, name)))
-    head = json.dumps({**header, tensors: described}).encode()
+        described.append(_entry(name, array, data=array.ravel().tolist()))
+    head = json.dumps({**header, tensors: described}, allow_nan=False).encode()
     if not chunks:
         return Message(head, {"Content-Type": JSON})
     return Message(b"".join([head, *chunks]), {"Content-Type": BINARY, HEADER_LENGTH: str(len(head))})

@@ -188,10 +188,7 @@ class Slot(NamedTuple):
         counter[0] += 1
         at, tensors, views = self.offset + ALIGNMENT, {}, {}
         for name, array in arrays.items():
-            if datatype_of(array) == "BYTES":
-                content = np.frombuffer(to_bytes(array), np.uint8)
-            else:
-                content = array
+            content = np.frombuffer(to_bytes(array), np.uint8) if datatype_of(array) == "BYTES" else array
             place = Place(self.ring.name, at, content.nbytes)
             tensors[name] = SharedTensor(place, datatype_of(array), array.shape)
             view = self.ring.region.array(at, content.shape, content.dtype)

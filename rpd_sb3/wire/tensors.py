@@ -89,24 +89,6 @@ def as_objects(items: Sequence[Any]) -> np.ndarray:
     return array
 
 
-def to_json(array: np.ndarray, name: str) -> list[Any]:
-    """The elements, flattened.
-
-    :raises ProtocolError: for FP16 and numbers that are not finite, which JSON does not have, and BYTES that are not UTF-8
-    """
-    datatype = datatype_of(array)
-    if datatype == "FP16":
-        raise ProtocolError(f"tensor {name!r} is FP16, which has no JSON form; ask for binary_data")
-    if datatype == "BYTES":
-        try:
-            return [item if isinstance(item, str) else bytes(item).decode() for item in array.ravel().tolist()]
-        except UnicodeDecodeError as error:
-            raise ProtocolError(f"tensor {name!r} is not UTF-8, so it has no JSON form: {error}") from error
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ProtocolError(f"tensor {name!r} has numbers that are not finite, which JSON does not have")
-    return array.ravel().tolist()
-
-
 def from_json(data: Any, datatype: str, shape: Sequence[int], name: str) -> np.ndarray:
     """An array from a list, flat or nested as the shape says.
 
