@@ -332,9 +332,7 @@ def test_region_begins_at_the_beginning_if_it_does_not_say_where() -> None:
         spaces.Box(np.array([-np.inf, 0.1, -2.0]), np.array([1.0, np.inf, np.inf]), dtype=np.float64),
         spaces.Box(0, 2**62, (2, 3), np.int64),
         spaces.Box(0.1, 0.2, (), np.float32),
-        spaces.Discrete(5),
         spaces.Discrete(5, start=-2),
-        spaces.MultiDiscrete([256] * 7),
         spaces.MultiDiscrete([[2, 3], [4, 5]], dtype=np.int32, start=[[0, 1], [2, 3]]),
     ],
     ids=str,
@@ -402,7 +400,6 @@ def test_replicas_may_keep_their_weights_in_different_precision() -> None:
         {"action_space": {"type": "Box", "low": [1], "high": [0], "shape": [2], "dtype": "float32"}},
         {"image_sizes": {"base": [1]}},
         {"image_sizes": []},
-        {"input_shapes": {"state": ["a"]}},
     ],
     ids=str,
 )
