@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,19 +74,22 @@ def requirement(distribution: str) -> str:
     return distribution
 
 
-def satisfied(version: str, asked: str) -> bool:
-    """True if ``version`` fits the requirement, and where that cannot be told."""
+def check_version(name: str, distribution: str, version: str) -> Finding:
+    """Whether the version fits the requirement; it does where that cannot be told."""
+    asked = requirement(distribution)
     try:
         from packaging.requirements import Requirement
+
+        if not Requirement(asked).specifier.contains(version, prereleases=True):
+            return Finding(name, FAIL, f"{version}, but the library needs {asked}", f"pip install '{asked}'")
     except ImportError:
-        return True
-    return Requirement(asked).specifier.contains(version, prereleases=True)
+        pass
+    return Finding(name, OK, version)
 
 
 def check_package(distribution: str) -> Finding:
     """Version of an installed package that imports."""
-    asked = requirement(distribution)
-    fix = f"pip install '{asked}'"
+    fix = f"pip install '{requirement(distribution)}'"
     try:
         version = importlib.metadata.version(distribution)
         importlib.import_module(distribution.replace("-", "_"))
@@ -95,9 +97,7 @@ def check_package(distribution: str) -> Finding:
         return Finding(distribution, FAIL, "not installed", fix)
     except Exception as error:  # whatever a broken package raises is the finding
         return Finding(distribution, FAIL, f"does not import: {str(error)[:200]!r}", f"{fix} --force-reinstall")
-    if not satisfied(version, asked):
-        return Finding(distribution, FAIL, f"{version}, but the library needs {asked}", fix)
-    return Finding(distribution, OK, version)
+    return check_version(distribution, distribution, version)
 
 
 def check_torch() -> Finding:
@@ -156,10 +156,7 @@ def check_maniskill() -> Finding:
         version = importlib.metadata.version("mani_skill")
     except importlib.metadata.PackageNotFoundError:
         return Finding("ManiSkill", WARN, "not installed: no ManiSkill tasks", "pip install -e '.[maniskill]'")
-    asked = requirement("mani_skill")
-    if not satisfied(version, asked):
-        return Finding("ManiSkill", FAIL, f"{version}, but the library needs {asked}", f"pip install '{asked}'")
-    return Finding("ManiSkill", OK, version)
+    return check_version("ManiSkill", "mani_skill", version)
 
 
 def check_rendering() -> Finding:
@@ -193,11 +190,9 @@ def check_octo() -> list[Finding]:
 
 def _nvidia_smi() -> str | None:
     """Name of the first GPU that NVIDIA's driver sees."""
-    if shutil.which("nvidia-smi") is None:
-        return None
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):  # OSError: it is not installed
         return None
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None

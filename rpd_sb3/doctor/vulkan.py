@@ -34,15 +34,10 @@ class Device(NamedTuple):
     is_cpu: bool
 
     @property
-    def mesa(self) -> tuple[int, int] | None:
-        """Major and minor version of Mesa; None for other drivers."""
-        match = re.search(r"Mesa (\d+)\.(\d+)", self.driver)
-        return (int(match[1]), int(match[2])) if match else None
-
-    @property
     def usable(self) -> bool:
         """True for a GPU, and for a software renderer that is recent enough."""
-        return not self.is_cpu or self.mesa is None or self.mesa >= MESA_MIN
+        mesa = re.search(r"Mesa (\d+)\.(\d+)", self.driver)
+        return not self.is_cpu or mesa is None or (int(mesa[1]), int(mesa[2])) >= MESA_MIN
 
 
 def _struct(**fields: Any) -> type[Structure]:

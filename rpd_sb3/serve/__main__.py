@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rpd_sb3.contract.teacher import Teacher
     from rpd_sb3.serve.ray_engine import RayServer
 
-ENGINES = ("local", "ray")
 SERVICES = ("http", "https", "openpi")
 """Kinds of teachers that are services themselves."""
 LINGER = 2.0
@@ -42,7 +41,7 @@ def make_parser() -> Parser:
     add("--max-wait-ms", type=float, metavar="MS", help=wait)
     add("--queue-size", type=whole_number, default=256, metavar="N", help="queries that may wait; more are refused")
     add("--max-body-mb", type=whole_number, default=256, metavar="MB", help="size of one request")
-    add("--engine", choices=ENGINES, default="local", help="ray: replicas in processes of a Ray cluster")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: replicas in processes of a Ray cluster")
     add("--replicas", type=whole_number, default=1, metavar="N", help="copies of the teacher, for --engine ray")
     return parser
 

@@ -189,7 +189,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """What went wrong, as the protocol wants it: ``{"error": "..."}``."""
-    headers = {"Retry-After": f"{error.retry_after:.0f}"} if isinstance(error, Busy) else {}
+    headers = {"Retry-After": "1"} if isinstance(error, Busy) else {}
     text = str(error).encode(errors="backslashreplace").decode()  # a request may hold half of a surrogate pair
     return JSONResponse({"error": text, "type": type(error).__name__}, status_of(error), headers)
 

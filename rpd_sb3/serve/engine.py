@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from rpd_sb3.contract.teacher import Labels, Query, Teacher, TeacherError, Teach
 from rpd_sb3.serve.batch import PendingQuery, Unanswerable, as_arrays, check_finite, check_rows, fits, merge, take
 from rpd_sb3.serve.memory import ClientMemory, OutOfStep
 from rpd_sb3.serve.metrics import Metrics
+from rpd_sb3.wire.spec import input_form
+from rpd_sb3.wire.tensors import DATATYPES
 
 logger = logging.getLogger(__name__)
 RECENT = 1.0
@@ -24,10 +25,6 @@ RECENT = 1.0
 
 class Busy(RuntimeError):
     """Nothing is wrong with the query, but it cannot be answered now."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class Engine:
@@ -98,7 +95,8 @@ class Engine:
             pending.answer.set_running_or_notify_cancel()  # cannot be cancelled any more: others may wait for it
             if self.spec.stateful and pending.sequence is not None:
                 known = self.memory.repeated(pending.client, pending.sequence)
-                if known is not None and not _was_put_off(known):
+                # One that was put off has not reached the teacher's memory, and is asked now.
+                if known is not None and not (known.done() and isinstance(known.exception(), Busy)):
                     return known
             if self.spec.stateful:
                 query = pending.query
@@ -263,19 +261,12 @@ class Engine:
 
 def warm_up(teacher: Teacher) -> None:
     """Have the teacher answer once, where the spec says what its inputs look like: the first answer is the slowest."""
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, np.ndarray] = {}
     for name in teacher.spec.inputs:
-        if name == "instruction":
-            inputs[name] = np.array(["do nothing"])
-        elif name.startswith("images."):
-            size = teacher.spec.image_sizes.get(name.removeprefix("images."))
-            if size is None:
-                return
-            inputs[name] = np.zeros((1, *size, 3), np.uint8)
-        elif name in teacher.spec.input_shapes:
-            inputs[name] = np.zeros((1, *teacher.spec.input_shapes[name]), np.float32)
-        else:
+        datatype, row = input_form(name, teacher.spec)
+        if row is None or -1 in row:
             return
+        inputs[name] = np.array(["do nothing"]) if datatype == "BYTES" else np.zeros((1, *row), DATATYPES[datatype])
     with np.errstate(all="ignore"):
         _label(teacher, Query(inputs, np.zeros(1, np.int64), np.ones(1, bool)))
 
@@ -286,8 +277,3 @@ def _label(teacher: Teacher, query: Query) -> Labels:
     query = query._replace(inputs=inputs)
     label = getattr(teacher, "label", None)  # in this thread, if the teacher can
     return as_arrays(teacher.spec, label(query) if label is not None else teacher.submit(query).result())
-
-
-def _was_put_off(answer: Future[Labels]) -> bool:
-    """True if the query was given back unanswered, so that the teacher's memory knows nothing of it."""
-    return answer.done() and isinstance(answer.exception(), Busy)

@@ -30,8 +30,7 @@ class ClientMemory:
         self.max_slots = max_slots
         self.idle = idle
         self._clients: dict[str, _Client] = {}
-        self._free: list[int] = []
-        self._n_slots = 0
+        self._free = list(reversed(range(max_slots)))
         self._gaps: dict[int, int | None] = {}
 
     def __len__(self) -> int:
@@ -66,12 +65,12 @@ class ClientMemory:
                 "restarted, or their first query does not say episode_start"
             )
         missing = [env for env in map(int, env_ids) if env not in have]
-        if self._n_slots - len(self._free) + len(missing) > self.max_slots:
+        if len(missing) > len(self._free):
             raise OutOfStep(f"the teacher's memory is full: {self.max_slots} environments of {len(self)} clients")
         if known is None:
             known = self._clients[client] = _Client()
         for env in missing:
-            known.slots[env] = self._take()
+            known.slots[env] = self._free.pop()
         known.seen = time.monotonic()
         return np.array([known.slots[int(env)] for env in env_ids], dtype=np.int64)
 
@@ -101,12 +100,6 @@ class ClientMemory:
                 )
         for slot in slots.tolist():
             self._gaps.pop(slot, None)
-
-    def _take(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self._n_slots += 1
-        return self._n_slots - 1
 
     def _forget(self) -> None:
         now = time.monotonic()

@@ -13,13 +13,13 @@ from rpd_sb3.serve.batch import PendingQuery
 from rpd_sb3.serve.regions import Regions
 from rpd_sb3.wire.messages import Generation, Message, Request, SharedTensor, build, describe_shared, parse_request
 from rpd_sb3.wire.shared_memory import check_generation
-from rpd_sb3.wire.spec import ASKERS_INPUTS
+from rpd_sb3.wire.spec import ASKERS_INPUTS, input_form
 from rpd_sb3.wire.tensors import ProtocolError, as_objects, datatype_of, from_bytes, to_bytes
 
 MAX_ROWS = 4096
 """Rows of one request."""
-FLOATS = ("FP16", "FP32", "FP64")
-INTEGERS = ("INT64", "INT32")
+ACCEPTED = {"FP32": ("FP16", "FP32", "FP64"), "INT64": ("INT64", "INT32")}
+"""What is converted to the datatype of an input; others must be as they are."""
 
 
 def read_request(
@@ -121,40 +121,25 @@ def _inputs(request: Request, spec: TeacherSpec, regions: Regions) -> dict[str, 
 
 def _checked(name: str, array: np.ndarray, spec: TeacherSpec) -> np.ndarray:
     """An input (N, ...) as the teacher takes it: float32, int64, bool, uint8 or Python's strings."""
-    datatypes, shape = _form(name, spec)
-    if (datatype := datatype_of(array)) not in datatypes:
-        raise ProtocolError(f"input {name!r} must be {' or '.join(datatypes)}, got {datatype}")
+    datatype, shape = input_form(name, spec)
+    accepted = ACCEPTED.get(datatype, (datatype,))
+    if datatype_of(array) not in accepted:
+        raise ProtocolError(f"input {name!r} must be {' or '.join(accepted)}, got {datatype_of(array)}")
     row = array.shape[1:]
-    if shape is not None and (len(row) != len(shape) or any(w not in (None, n) for w, n in zip(shape, row))):
-        wanted = ", ".join(["N", *("any" if n is None else str(n) for n in shape)])
+    if shape is not None and (len(row) != len(shape) or any(w not in (-1, n) for w, n in zip(shape, row))):
+        wanted = ", ".join(["N", *("any" if n == -1 else str(n) for n in shape)])
         raise ProtocolError(f"input {name!r} must have shape [{wanted}], got {list(array.shape)}")
     if datatype == "BYTES":
         try:
             return as_objects([item.decode() for item in array])
         except UnicodeDecodeError as error:
             raise ProtocolError(f"input {name!r} is not UTF-8: {error}") from error
-    if datatypes == INTEGERS:
+    if datatype == "INT64":
         return array.astype(np.int64, copy=False)
-    if datatypes != FLOATS:
+    if datatype != "FP32":
         return array
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float32, copy=False)
     if not (finite := np.isfinite(numbers)).all():
         raise ProtocolError(f"input {name!r}, row {int(np.argwhere(~finite)[0][0])}, is not finite as a float32")
     return numbers
-
-
-def _form(name: str, spec: TeacherSpec) -> tuple[tuple[str, ...], tuple[int | None, ...] | None]:
-    """Datatypes that an input may have, and the shape of one row; None: any."""
-    if name.startswith("images."):
-        height, width = spec.image_sizes.get(name.removeprefix("images."), (None, None))
-        return ("UINT8",), (height, width, 3)
-    if name == "instruction":
-        return ("BYTES",), ()
-    if name == "env_id":
-        return INTEGERS, ()
-    if name == "episode_start":
-        return ("BOOL",), ()
-    if name == "action_tokens":
-        return INTEGERS, None
-    return FLOATS, spec.input_shapes.get(name)

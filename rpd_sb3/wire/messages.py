@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from rpd_sb3.wire.tensors import ProtocolError, check_header, datatype_of, from_bytes, from_json, to_bytes, to_json
+from rpd_sb3.wire.tensors import ProtocolError, check_header, datatype_of, from_bytes, from_json, to_bytes
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
@@ -98,9 +99,9 @@ def build(
     :param header: the rest of the JSON object
     :param tensors: ``inputs`` or ``outputs``
     :param arrays: tensor name to its content, to be sent as raw bytes
-    :param plain: tensors to be sent as JSON
+    :param plain: tensors of finite numbers or text, to be sent as JSON
     :param entries: descriptions of tensors whose content is elsewhere
-    :raises ProtocolError: for a plain tensor that JSON cannot hold
+    :raises ProtocolError: for an array whose dtype the protocol does not know
     """
     described = list(entries)
     chunks = []
@@ -108,8 +109,8 @@ def build(
         chunks.append(to_bytes(array))
         described.append(_entry(name, array, parameters={"binary_data_size": len(chunks[-1])}))
     for name, array in (plain or {}).items():
-        described.append(_entry(name, array, data=to_json(array, name)))
-    head = json.dumps({**header, tensors: described}).encode()
+        described.append(_entry(name, array, data=array.ravel().tolist()))
+    head = json.dumps({**header, tensors: described}, allow_nan=False).encode()
     if not chunks:
         return Message(head, {"Content-Type": JSON})
     return Message(b"".join([head, *chunks]), {"Content-Type": BINARY, HEADER_LENGTH: str(len(head))})
@@ -205,16 +206,13 @@ def parse_request(body: bytes | memoryview, header_length: str | None, labels: C
             _natural(parameters, "shared_memory_generation_offset", owner),
             _natural(parameters, "shared_memory_generation", owner),
         )
-    timeout = float("inf")
-    if "timeout" in parameters:
-        timeout = _natural(parameters, "timeout", owner) / 1e6  # microseconds, as in Triton
     return Request(
         inputs,
         _outputs(header.get("outputs"), _flag(parameters, "binary_data_output", owner, False), labels),
         identity,
         _text(parameters, "client_id", owner) if "client_id" in parameters else "",
         _natural(parameters, "sequence", owner) if "sequence" in parameters else None,
-        timeout,
+        _natural(parameters, "timeout", owner) / 1e6 if "timeout" in parameters else inf,  # microseconds, as in Triton
         generation,
     )
 

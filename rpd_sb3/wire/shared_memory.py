@@ -17,7 +17,7 @@ import secrets
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -188,10 +188,7 @@ class Slot(NamedTuple):
         counter[0] += 1
         at, tensors, views = self.offset + ALIGNMENT, {}, {}
         for name, array in arrays.items():
-            if datatype_of(array) == "BYTES":
-                content = np.frombuffer(to_bytes(array), np.uint8)
-            else:
-                content = array
+            content = np.frombuffer(to_bytes(array), np.uint8) if datatype_of(array) == "BYTES" else array
             place = Place(self.ring.name, at, content.nbytes)
             tensors[name] = SharedTensor(place, datatype_of(array), array.shape)
             view = self.ring.region.array(at, content.shape, content.dtype)
@@ -242,8 +239,3 @@ def check_generation(region: Region, offset: int, generation: int) -> None:
     found = int(region.array(offset, (1,), GENERATION)[0])
     if found != generation:
         raise StaleGeneration(f"the shared memory slot is at generation {found}, but the query was {generation}")
-
-
-def region_parameters(key: str, byte_size: int) -> dict[str, Any]:
-    """Body of the protocol's request to register a region."""
-    return {"key": key, "offset": 0, "byte_size": byte_size}

@@ -27,14 +27,10 @@ def metadata(spec: TeacherSpec, name: str, version: str, **extra: Any) -> dict[s
     :param version: of the library
     :param extra: further parameters
     """
-    optional = [
-        {"name": key, "datatype": datatype, "shape": [-1, -1] if key.startswith("action") else [-1]}
-        for key, datatype in ASKERS_INPUTS.items()
-    ]
     return {
         "name": name,
         "platform": "rpd_sb3",
-        "inputs": [_tensor(key, spec) for key in spec.inputs] + optional,
+        "inputs": [_input(key, spec) for key in [*spec.inputs, *ASKERS_INPUTS]],
         "outputs": [_output(key, spec) for key in sorted(spec.labels)],
         "parameters": {
             "protocol_version": PROTOCOL_VERSION,
@@ -126,14 +122,24 @@ def space_from_json(content: Mapping[str, Any]) -> spaces.Space:
     raise ProtocolError(f"the action space has the unknown type {kind!r}")
 
 
-def _tensor(name: str, spec: TeacherSpec) -> dict[str, Any]:
-    shape = list(spec.input_shapes.get(name, [-1]))
+def input_form(name: str, spec: TeacherSpec) -> tuple[str, tuple[int, ...] | None]:
+    """Datatype of an input, and the shape of one row, with -1 for any number; None: any shape.
+
+    :param name: one of the teacher's inputs, or of :data:`ASKERS_INPUTS`
+    :param spec: of the teacher
+    """
     if name.startswith("images."):
-        size = spec.image_sizes.get(name.removeprefix("images."), (-1, -1))
-        return {"name": name, "datatype": "UINT8", "shape": [-1, *size, 3]}
+        return "UINT8", (*spec.image_sizes.get(name.removeprefix("images."), (-1, -1)), 3)
     if name == "instruction":
-        return {"name": name, "datatype": "BYTES", "shape": [-1]}
-    return {"name": name, "datatype": "FP32", "shape": [-1, *shape]}
+        return "BYTES", ()
+    if name in ASKERS_INPUTS:
+        return ASKERS_INPUTS[name], None if name.startswith("action") else ()
+    return "FP32", spec.input_shapes.get(name)
+
+
+def _input(name: str, spec: TeacherSpec) -> dict[str, Any]:
+    datatype, row = input_form(name, spec)
+    return {"name": name, "datatype": datatype, "shape": [-1, *((-1,) if row is None else row)]}
 
 
 def _output(name: str, spec: TeacherSpec) -> dict[str, Any]:

@@ -33,17 +33,6 @@ def one(teacher: str) -> Finding:
     return finding
 
 
-def break_metadata(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
-    real = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name == distribution:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-
-
 def test_installed_package_is_ok_with_its_version() -> None:
     found = machine.check_package("gymnasium")
     assert found == Finding("gymnasium", OK, importlib.metadata.version("gymnasium"))
@@ -73,8 +62,11 @@ def test_without_maniskill_a_missing_vulkan_is_a_warning(monkeypatch: pytest.Mon
     def devices() -> list[vulkan.Device]:
         raise vulkan.VulkanError("no Vulkan loader")
 
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setattr(vulkan, "devices", devices)
-    break_metadata(monkeypatch, "mani_skill")
+    monkeypatch.setattr(importlib.metadata, "version", version)
     found = {finding.name: finding for finding in machine.inspect_machine()}
     assert found["ManiSkill"].status == WARN
     assert found["Vulkan"] == Finding("Vulkan", WARN, "no Vulkan loader", "make vulkan")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -294,12 +295,12 @@ def test_queries_in_line_fail_with_the_engine() -> None:
         for answer in answers:
             with pytest.raises(Busy, match="the teacher failed: SystemExit"):
                 answer.result(FOREVER)
+        assert engine.finished.wait(FOREVER)
 
 
 def test_warm_up_asks_once_for_what_the_spec_describes() -> None:
     teacher = EchoTeacher()
-    spec = teacher.spec
-    teacher.spec = type(spec)("echo", spec.labels, spec.inputs, spec.action_space, input_shapes={"state": (3,)})
+    teacher.spec = replace(teacher.spec, input_shapes={"state": (3,)})
     with running(lambda: teacher):
         assert [query.inputs["state"].shape for query in teacher.queries] == [(1, 3)]
 

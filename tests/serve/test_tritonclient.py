@@ -77,18 +77,9 @@ def test_inference(client: triton.InferenceServerClient, binary_in: bool, binary
     assert result.get_output("action")["datatype"] == "FP32"
 
 
-def test_inference_in_the_background(client: triton.InferenceServerClient) -> None:
-    np.testing.assert_array_equal(client.async_infer("teacher", inputs(4)).get_result().as_numpy("action"), EXPECTED)
-
-
 def test_error_arrives_with_its_reason(client: triton.InferenceServerClient) -> None:
     with pytest.raises(triton_utils.InferenceServerException, match=r"\[400\] input 'instruction' is missing"):
         client.infer("teacher", inputs(4)[:1])
-
-
-def test_compressed_body_is_refused_with_the_reason(client: triton.InferenceServerClient) -> None:
-    with pytest.raises(triton_utils.InferenceServerException, match="the body has the Content-Encoding 'gzip'"):
-        client.infer("teacher", inputs(4), request_compression_algorithm="gzip")
 
 
 def test_inputs_and_outputs_in_system_shared_memory(client: triton.InferenceServerClient) -> None:
@@ -116,10 +107,3 @@ def test_inputs_and_outputs_in_system_shared_memory(client: triton.InferenceServ
     finally:
         triton_memory.destroy_shared_memory_region(given)
         triton_memory.destroy_shared_memory_region(taken)
-
-
-def test_unknown_shared_memory_is_an_error_with_its_reason(client: triton.InferenceServerClient) -> None:
-    with pytest.raises(triton_utils.InferenceServerException, match="no shared memory object '/rpd_sb3_none' here"):
-        client.register_system_shared_memory("none", "/rpd_sb3_none", 8)
-    with pytest.raises(triton_utils.InferenceServerException, match="region 'none' is not registered"):
-        client.get_system_shared_memory_status("none")

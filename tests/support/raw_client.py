@@ -14,7 +14,7 @@ import numpy as np
 import requests
 
 from rpd_sb3.teachers import Labels, Query
-from rpd_sb3.wire.messages import HEADER_LENGTH, build, parse, read_tensors
+from rpd_sb3.wire.messages import HEADER_LENGTH, SharedTensor, build, describe_shared, parse, read_tensors
 from tests.support.helpers import EchoTeacher
 from tests.support.serving_helpers import states
 
@@ -27,13 +27,18 @@ def post(url: str, body: bytes, headers: Mapping[str, str] | None = None, path: 
 
 
 def infer(
-    url: str, arrays: Mapping[str, np.ndarray] | None = None, outputs: Any = None, **parameters: Any
+    url: str,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    outputs: Any = None,
+    shared: Mapping[str, SharedTensor] | None = None,
+    **parameters: Any,
 ) -> requests.Response:
     """An inference request as RemoteTeacher would send it; by default two rows for an EchoTeacher."""
     header: dict[str, Any] = {"parameters": {"binary_data_output": True, **parameters}}
     if outputs is not None:
         header["outputs"] = outputs
-    message = build(header, "inputs", {"state": states(2)} if arrays is None else arrays)
+    entries = [describe_shared(name, tensor) for name, tensor in (shared or {}).items()]
+    message = build(header, "inputs", {"state": states(2)} if arrays is None else arrays, entries=entries)
     return post(url, message.body, message.headers)
 
 
@@ -46,6 +51,12 @@ def ask(
     if number is not None:
         parameters["sequence"] = number
     return infer(url, arrays, client_id=client, **parameters)
+
+
+def assert_refused(response: requests.Response, code: int, reason: str) -> None:
+    """The response has this status, and its error says this."""
+    assert response.status_code == code, response.text
+    assert reason in response.json()["error"]
 
 
 def labels(response: requests.Response) -> dict[str, np.ndarray]:

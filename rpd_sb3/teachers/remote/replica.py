@@ -26,7 +26,7 @@ from rpd_sb3.wire.messages import (
     parse,
     read_tensors,
 )
-from rpd_sb3.wire.shared_memory import Ring, SharedMemoryError, Slot, query_size, region_parameters, unlink
+from rpd_sb3.wire.shared_memory import Ring, SharedMemoryError, Slot, query_size, unlink
 from rpd_sb3.wire.tensors import ProtocolError
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class Replica:
         ring = Ring(self._n_slots, size)
         try:
             path = f"/v2/systemsharedmemory/region/{ring.name}/register"
-            body = json.dumps(region_parameters(ring.key, ring.region.byte_size)).encode()
+            body = json.dumps({"key": ring.key, "offset": 0, "byte_size": ring.region.byte_size}).encode()
             response = self._own.post(path, body, {}, PATIENCE)
         finally:
             unlink(ring.key)
