@@ -14,7 +14,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
 from torch.nn import functional as F
 
 from rpd_sb3.contract.bins import require_token_bins
@@ -36,7 +35,7 @@ def choose_tokens(logits: th.Tensor, temperature: float) -> th.Tensor:
     return th.searchsorted(cdf, threshold, right=True).squeeze(-1)
 
 
-class TokenDistribution(Distribution):
+class TokenDistribution(MultiCategoricalDistribution):
     """K categorical distributions over V bins, in 32-bit floats.
 
     Those of an autoregressive policy are conditional on a prefix: token k's on tokens 0..k-1 of the actions that the
@@ -51,23 +50,16 @@ class TokenDistribution(Distribution):
     """``(B, K, V)`` log-probabilities: the policy's logits over its temperature, normalized."""
 
     def __init__(self, n_tokens: int, n_bins: int) -> None:
-        super().__init__()
+        super().__init__([n_bins] * n_tokens)
         self.n_tokens = n_tokens
         self.n_bins = n_bins
 
-    def proba_distribution_net(self, latent_dim: int) -> nn.Module:
-        """The layer from a latent ``(B, latent_dim)`` to the logits ``(B, K * V)`` of independent tokens.
-
-        :param latent_dim: size of the latent
-        """
-        return nn.Linear(latent_dim, self.n_tokens * self.n_bins)
-
-    def proba_distribution(self, logits: th.Tensor) -> TokenDistribution:
+    def proba_distribution(self, action_logits: th.Tensor) -> TokenDistribution:
         """This distribution, with new logits.
 
-        :param logits: ``(B, K, V)`` or ``(B, K * V)``, already divided by the temperature
+        :param action_logits: ``(B, K, V)`` or ``(B, K * V)``, already divided by the temperature
         """
-        self.logits = F.log_softmax(logits.float().reshape(-1, self.n_tokens, self.n_bins), dim=-1)
+        self.logits = F.log_softmax(action_logits.float().reshape(-1, self.n_tokens, self.n_bins), dim=-1)
         return self
 
     def token_log_prob(self, actions: th.Tensor) -> th.Tensor:
@@ -102,22 +94,6 @@ class TokenDistribution(Distribution):
     def mode(self) -> th.Tensor:
         """Bins ``(B, K)``, each the most likely of its token's distribution."""
         return choose_tokens(self.logits, temperature=0.0)
-
-    def actions_from_params(self, logits: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """Bins ``(B, K)`` under new logits.
-
-        :param logits: as in :meth:`proba_distribution`
-        :param deterministic: the most likely bins instead of a sample
-        """
-        return self.proba_distribution(logits).get_actions(deterministic)
-
-    def log_prob_from_params(self, logits: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """A sample ``(B, K)`` under new logits and its log-probability ``(B,)``.
-
-        :param logits: as in :meth:`proba_distribution`
-        """
-        actions = self.actions_from_params(logits)
-        return actions, self.log_prob(actions)
 
 
 def token_logits(distribution: Distribution) -> th.Tensor:

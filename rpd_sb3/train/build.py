@@ -27,6 +27,7 @@ from rpd_sb3.algos import find_algo
 from rpd_sb3.algos.buffers import use_compact_buffer
 from rpd_sb3.cli.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.cli.files import write_yaml
+from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.factory import with_token_bounds
@@ -34,7 +35,7 @@ from rpd_sb3.episodes.play import Evaluator
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.labelling.probe import probe
-from rpd_sb3.students.device import check_device, set_threads
+from rpd_sb3.students.device import set_threads
 from rpd_sb3.students.warm_start import load_weights
 from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
