@@ -257,9 +257,8 @@ def make_logger(args: TrainArgs, folder: Path, resumed_at: int | None) -> Logger
     :param folder: of the run
     :param resumed_at: timesteps at which training goes on; None for a new run
     """
-    tensorboard = folder / "tensorboard"
-    if args.tensorboard_log:
-        tensorboard = Path(args.tensorboard_log) / args.algo / folder.name
+    elsewhere = args.tensorboard_log
+    tensorboard = Path(elsewhere) / args.algo / folder.name if elsewhere else folder / "tensorboard"
     progress = folder / "progress.csv"
     resumed = resumed_at is not None and progress.is_file()
     formats: list[KVWriter] = [
