@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
@@ -112,17 +112,6 @@ def token_logits(distribution: Distribution) -> th.Tensor:
     return th.stack([token.logits for token in distribution.distribution], dim=1)
 
 
-def default_features_extractor(observation_space: spaces.Space, normalize_images: bool) -> type[BaseFeaturesExtractor]:
-    """The features extractor of SB3's policies for this kind of observation.
-
-    :param observation_space: vector, image, or Dict of them
-    :param normalize_images: whether the policy divides images by 255
-    """
-    if isinstance(observation_space, spaces.Dict):
-        return CombinedExtractor
-    return NatureCNN if is_image_space(observation_space, normalized_image=not normalize_images) else FlattenExtractor
-
-
 class TokenPolicy(ActorCriticPolicy):
     """Independent tokens: one linear layer from the latent to the logits of all of them.
 
@@ -160,9 +149,10 @@ class TokenPolicy(ActorCriticPolicy):
         (self.n_tokens,) = action_space.shape  # type: ignore[misc]
         self.temperature = temperature
         self.eval_temperature = eval_temperature
-        if "features_extractor_class" not in kwargs:
-            normalize_images = kwargs.get("normalize_images", True)
-            kwargs["features_extractor_class"] = default_features_extractor(observation_space, normalize_images)
+        if isinstance(observation_space, spaces.Dict):
+            kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        elif is_image_space(observation_space, normalized_image=not kwargs.get("normalize_images", True)):
+            kwargs.setdefault("features_extractor_class", NatureCNN)  # otherwise SB3's default, which flattens
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:

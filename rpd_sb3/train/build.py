@@ -58,10 +58,7 @@ class TrainingSetup:
     resumed_at: int | None
     """Timesteps at which training goes on; None for a new run."""
     closing: ExitStack
-
-    def close(self) -> None:
-        """Close environments and teachers."""
-        self.closing.close()
+    """Closes environments and teachers."""
 
 
 def resolve_config(args: TrainArgs) -> RunConfig:
@@ -113,7 +110,7 @@ def build(args: TrainArgs, config: RunConfig, resume: runs.SavedRun | None, argv
         space = probe(args.env, config.env_kwargs, teacher)
         config = complete_config(config, algo, space, teacher)
         set_threads(args.num_threads, device, space)
-        checkpoint = None if resume is None else find_checkpoint(resume.folder, config.n_timesteps)
+        checkpoint = None if resume is None else runs.find_checkpoint(resume.folder, config.n_timesteps)
         venv = make_training_env(args, config, teacher, closing)
         if checkpoint is None:
             model = make_model(args, config, algo, venv)
@@ -159,17 +156,6 @@ def default_policy(algo: type[BaseAlgorithm], space: spaces.Space) -> str:
     """SB3's name of the policy for these observations."""
     kind = "MultiInput" if isinstance(space, spaces.Dict) else "Cnn" if is_image_space(space) else "Mlp"
     return next(name for name in algo.policy_aliases if name.startswith(kind))
-
-
-def find_checkpoint(folder: Path, n_timesteps: int) -> Path:
-    """The model of a run folder to go on with.
-
-    :raises ValueError: if there is none, or it has seen that many timesteps
-    """
-    checkpoint = runs.latest_checkpoint(folder)
-    if (done := runs.timesteps(checkpoint)) >= n_timesteps:
-        raise ValueError(f"{checkpoint} has {done} timesteps already; ask for more than that with -n")
-    return checkpoint
 
 
 def make_training_env(args: TrainArgs, config: RunConfig, teacher: Teacher | None, closing: ExitStack) -> VecEnv:

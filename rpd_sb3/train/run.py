@@ -60,7 +60,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Close environments and teachers."""
-        self.setup.close()
+        self.setup.closing.close()
 
     def _make_callbacks(self) -> None:
         setup, deferred = self.setup, self.interrupt.deferred
