@@ -133,16 +133,6 @@ def check_folder_of(flag: str, file: str) -> None:
         raise ValueError(f"{flag} {file}: folder {str(folder)!r} does not exist; make it first")
 
 
-def check_training_side() -> None:
-    """Check that what students need is installed; the environment of a teacher service may lack it.
-
-    :raises ValueError: naming what is missing
-    """
-    for module in ("torch", "stable_baselines3"):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"students need {module}, which is not installed here: pip install rpd_sb3")
-
-
 def print_error(error: BaseException) -> None:
     """``error: <message>`` on stderr, in one line, without secrets in URLs."""
     print(f"error: {redact_urls(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
@@ -177,7 +167,9 @@ def parse_and_run(
     words = sys.argv[1:] if argv is None else list(argv)
 
     def set_up() -> Command:
-        check_training_side()
+        for module in ("torch", "stable_baselines3"):  # the environment of a teacher service may lack them
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(f"students need {module}, which is not installed here: pip install rpd_sb3")
         args = make_parser().parse_args(words)
         args.argv = words
         check(args)

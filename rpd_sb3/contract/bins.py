@@ -82,9 +82,8 @@ def token_bins(space: spaces.Space) -> int | None:
     """Bins of each dimension if actions are tokens (:class:`~rpd_sb3.envs.ActionTokens`); None if they are not."""
     if not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim != 1 or space.start.any():
         return None
-    if len(set(space.nvec.tolist())) == 1:
-        return int(space.nvec[0])
-    return None
+    sizes = set(space.nvec.tolist())
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def require_token_bins(owner: str, space: spaces.Space) -> int:

@@ -28,7 +28,10 @@ class ActionTokens(gym.ActionWrapper):
     def __init__(self, env: gym.Env, n_bins: int = N_BINS, bounds: Bounds | None = None) -> None:
         space = env.action_space
         if not (
-            isinstance(space, spaces.Box) and space.shape and len(space.shape) == 1 and _is_unit(space.low, space.high)
+            isinstance(space, spaces.Box)
+            and len(space.shape) == 1
+            and (space.low == -1.0).all()
+            and (space.high == 1.0).all()
         ):
             raise ValueError(
                 f"ActionTokens bins actions of Box(-1, 1, (A,)), but the environment takes {space}; if only the bounds "
@@ -84,7 +87,3 @@ def _arrays(bounds: Bounds, shape: tuple[int, ...]) -> Bounds:
     if any(ends.shape != shape or not np.isfinite(ends).all() for ends in arrays):
         raise ValueError(f"ActionTokens: bounds={bounds} must be two finite arrays of shape {shape}")
     return arrays
-
-
-def _is_unit(low: np.ndarray, high: np.ndarray) -> bool:
-    return bool(np.all(low == -1.0) and np.all(high == 1.0))

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.contract.bins import N_BINS, Bounds
 from rpd_sb3.contract.conventions import convert_token_bounds
-from rpd_sb3.contract.names import closest
+from rpd_sb3.contract.names import check_choice, closest
 from rpd_sb3.contract.teacher import TeacherSpec
 from rpd_sb3.envs.action_tokens import ActionTokens
 from rpd_sb3.envs.groups import EpisodeSeeds
@@ -76,19 +76,21 @@ def make_env(
 
     control_mode = control_mode or "pd_ee_delta_pose"
     check_spec(teacher, env_id, control_mode)
-    inputs = () if teacher is None else teacher.inputs
-    sizes = {} if teacher is None else dict(teacher.image_sizes)
     camera = camera or "human"
-    teacher_size = sizes.get(camera)
-    if teacher_size is not None and teacher_size[0] != teacher_size[1]:
-        raise ValueError(f"teacher {teacher.name!r} asks for images of {teacher_size}; only square ones are rendered")  # type: ignore[union-attr]
+    teacher_size = None
+    if teacher is not None and camera in teacher.image_sizes:
+        teacher_size, width = teacher.image_sizes[camera]
+        if width != teacher_size:
+            raise ValueError(
+                f"teacher {teacher.name!r} asks for images of {(teacher_size, width)}; only square ones are rendered"
+            )
     view = maniskill.View(
         obs=obs or "state",
         camera=camera,
-        image_size=image_size or min(256, teacher_size[0] if teacher_size else 256),
+        image_size=image_size or min(256, teacher_size or 256),
         on_success=on_success or "terminate",
-        teacher_inputs=inputs,
-        teacher_image_size=None if teacher_size is None else teacher_size[0],
+        teacher_inputs=() if teacher is None else teacher.inputs,
+        teacher_image_size=teacher_size,
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
@@ -99,6 +101,7 @@ def make_env(
 
 def _add_tokens(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> gym.Env:
     """The environment, with action tokens if they are asked for."""
+    tokens = with_token_bounds({"tokens": tokens}, teacher)["tokens"]
     if tokens is False:
         return env
     if isinstance(tokens, Mapping):
@@ -107,8 +110,7 @@ def _add_tokens(tokens: Tokens, teacher: TeacherSpec | None, env: gym.Env) -> gy
                 f"tokens={dict(tokens)}: {', '.join(sorted(unknown))}: expected low, high and perhaps n_bins"
             )
         return ActionTokens(env, tokens.get("n_bins", N_BINS), Bounds(tokens["low"], tokens["high"]))
-    bounds = None if teacher is None else convert_token_bounds(teacher)
-    return ActionTokens(env, N_BINS if tokens is True else tokens, bounds)
+    return ActionTokens(env, N_BINS if tokens is True else tokens)
 
 
 def with_token_bounds(options: Mapping[str, Any], teacher: TeacherSpec | None) -> dict[str, Any]:
@@ -206,8 +208,7 @@ def make_vec_env(
     :param vec_env: ``subproc`` for worker processes, one per core, ``dummy`` to stay in this process
     :param options: arguments of :func:`make_env`
     """
-    if vec_env not in VEC_ENVS:
-        raise ValueError(f"vec_env={vec_env!r} is unknown; choose one of {', '.join(VEC_ENVS)}")
+    check_choice("make_vec_env", "vec_env", vec_env, VEC_ENVS)
     if n_envs < 1:
         raise ValueError(f"n_envs={n_envs} must be at least 1")
     thunks = [_thunk(env_id, options) for _ in range(n_envs)]

@@ -5,7 +5,6 @@ Shape letters: H and W pixels, S state values, A action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,15 +18,12 @@ from mani_skill.utils import common
 from mani_skill.utils.logging_utils import logger as maniskill_logger
 from mani_skill.utils.wrappers import CPUGymWrapper
 
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
 from rpd_sb3.envs.tasks import TASKS
 
-OBS_MODES = ("state", "rgb", "rgb+state")
-REWARD_MODES = ("sparse", "dense")
-CAMERAS = ("human", "base")
-ON_SUCCESS = ("terminate", "truncate", "continue")
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
 
@@ -185,12 +181,9 @@ class ManiSkillAdapter(gym.Wrapper):
         view = self.view
         state = raw["state"] if view.renders else raw  # type: ignore[index]
         image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
-        views: dict[str, dict[str, spaces.Space]] = {
-            "state": {"state": state},
-            "rgb": {"rgb": image},
-            "rgb+state": {"rgb": image, "state": PROPRIOCEPTION_SPACE},
-        }
-        student = views[view.obs]
+        student: dict[str, spaces.Space] = {"state": state} if view.obs == "state" else {"rgb": image}
+        if view.obs == "rgb+state":
+            student["state"] = PROPRIOCEPTION_SPACE
         teacher: dict[str, spaces.Space] = {}
         for name in view.observed_inputs:
             space: spaces.Space
@@ -209,11 +202,7 @@ class ManiSkillAdapter(gym.Wrapper):
         view = self.view
         state = raw["state"] if view.renders else raw
         frame = raw["sensor_data"]["base_camera"]["rgb"] if view.renders else None
-        obs: dict[str, np.ndarray] = {}
-        if view.obs == "state":
-            obs["state"] = state
-        else:
-            obs["rgb"] = self._student_image(frame)
+        obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":
             obs["state"] = self._proprioception()
         if len(obs) == 1 and not view.observed_inputs:
@@ -267,15 +256,11 @@ def check_view(env_id: str, view: View, reward: str) -> None:
     :param reward: ``sparse`` or ``dense``
     :raises ValueError: for an unknown value of an option, or an input of the teacher that the environment does not have
     """
-    options: Sequence[tuple[str, str, Sequence[str]]] = (
-        ("obs", view.obs, OBS_MODES),
-        ("reward", reward, REWARD_MODES),
-        ("camera", view.camera, CAMERAS),
-        ("on_success", view.on_success, ON_SUCCESS),
-    )
-    for name, value, known in options:
-        if value not in known:
-            raise ValueError(f"env {env_id!r}: {name}={value!r} is unknown; choose one of {', '.join(known)}")
+    owner = f"env {env_id!r}"
+    check_choice(owner, "obs", view.obs, ("state", "rgb", "rgb+state"))
+    check_choice(owner, "reward", reward, ("sparse", "dense"))
+    check_choice(owner, "camera", view.camera, ("human", "base"))
+    check_choice(owner, "on_success", view.on_success, ("terminate", "truncate", "continue"))
     if view.image_size < 8 or view.image_size > view.render_size:
         raise ValueError(
             f"env {env_id!r}: image_size={view.image_size} must be between 8 and the teacher's {view.render_size} pixels"

@@ -88,7 +88,7 @@ class WorkerPoolVecEnv(VecEnv):
                     f"WorkerPoolVecEnv: env 0 shows {space}, but env {self._rows[worker][0]} shows {other}; all "
                     "environments must show arrays of the same shapes and types"
                 )
-        memory = make_memory(space, self.num_envs)
+        memory = os.memfd_create("rpd_sb3-observations")
         try:
             self._block = map_block(memory, space, self.num_envs)
             for worker, rows in enumerate(self._rows):
@@ -268,42 +268,29 @@ class ObservationBlock(NamedTuple):
         return dict_to_obs(self.space, {key: values[env].copy() for key, values in self.terminal.items()})
 
 
-def make_memory(space: spaces.Space, n_envs: int) -> int:
-    """A descriptor of empty memory for :func:`map_block`.
-
-    :param space: of one environment's observation
-    :param n_envs: N
-    """
-    memory = os.memfd_create("rpd_sb3-observations")
-    os.truncate(memory, _layout(space, n_envs)[1])
-    return memory
-
-
 def map_block(memory: int, space: spaces.Space, n_envs: int) -> ObservationBlock:
     """The block in this process.
 
-    :param memory: descriptor of :func:`make_memory` for the same space and number; may be closed afterwards
+    :param memory: descriptor of memory, which gets the size of the block; may be closed afterwards
     :param space: of one environment's observation
     :param n_envs: N
     """
-    arrays, size = _layout(space, n_envs)
-    mapped = mmap.mmap(memory, size)
-    halves: tuple[Rows, Rows] = ({}, {})
-    for half, key, shape, dtype, offset in arrays:
-        halves[half][key] = np.ndarray(shape, dtype, mapped, offset)
-    return ObservationBlock(space, *halves)
-
-
-def _layout(space: spaces.Space, n_envs: int) -> tuple[list[tuple[int, Any, tuple[int, ...], np.dtype, int]], int]:
-    """(half, key, shape, dtype, offset) of all arrays, and the bytes that they need."""
     keys, shapes, dtypes = obs_space_info(space)
-    arrays, size = [], 0
-    for half in (0, 1):
+    current: Rows = {}
+    terminal: Rows = {}
+    arrays = []
+    size = 0
+    for half in (current, terminal):
         for key in keys:
             shape, dtype = (n_envs, *shapes[key]), np.dtype(dtypes[key])
             arrays.append((half, key, shape, dtype, size))
             size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return arrays, max(size, 1)
+    size = max(size, 1)
+    os.truncate(memory, size)
+    mapped = mmap.mmap(memory, size)
+    for half, key, shape, dtype, offset in arrays:
+        half[key] = np.ndarray(shape, dtype, mapped, offset)
+    return ObservationBlock(space, current, terminal)
 
 
 class SharedDummyVecEnv(DummyVecEnv):

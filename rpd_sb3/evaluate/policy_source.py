@@ -9,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.cli.config import merge, parse_pairs
+from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.secrets import redact
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs.factory import check_env_id
@@ -16,7 +17,7 @@ from rpd_sb3.episodes.play import Actor, student_actor, teacher_actor
 from rpd_sb3.export.loading import check_acted, check_observed, export_actor, load_export
 from rpd_sb3.export.runtime import Policy
 from rpd_sb3.labelling.probe import check_observations, probe
-from rpd_sb3.students.device import check_device, set_threads
+from rpd_sb3.students.device import set_threads
 from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rpd_sb3.cli.common import RUN_ERROR, USER_ERROR, Interrupt, Parser, check_at_least, run_command, whole_number
+from rpd_sb3.contract.names import TEACHERS
 from rpd_sb3.serve.address import bind, is_loopback, url_of
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ LINGER = 2.0
 
 def make_parser() -> Parser:
     """Every flag."""
-    from rpd_sb3.teachers.registry import TEACHERS  # late: it needs packages, and set_up says how to install them
-
     parser = Parser(prog="python -m rpd_sb3.serve", description=__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help=", ".join(name for name in TEACHERS if kind_of(name) not in SERVICES))

@@ -1,14 +1,10 @@
-"""Where a student runs, and with how many threads."""
+"""With how many threads a student runs."""
 
 from __future__ import annotations
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-
-from rpd_sb3.contract.device import check_device
-
-__all__ = ["check_device", "has_images", "set_threads"]
 
 
 def set_threads(n: int | None, device: str, space: spaces.Space) -> None:
@@ -18,12 +14,8 @@ def set_threads(n: int | None, device: str, space: spaces.Space) -> None:
     :param device: where the network runs
     :param space: of its observations
     """
-    if n is None and device == "cpu" and not has_images(space):
+    parts = space.values() if isinstance(space, spaces.Dict) else [space]
+    if n is None and device == "cpu" and not any(map(is_image_space, parts)):
         n = 1
     if n is not None:
         th.set_num_threads(n)
-
-
-def has_images(space: spaces.Space) -> bool:
-    """True if an observation is an image or holds one."""
-    return any(is_image_space(part) for part in (space.values() if isinstance(space, spaces.Dict) else [space]))

@@ -12,9 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
 from torch.nn import functional as F
 
 from rpd_sb3.contract.bins import require_token_bins
@@ -36,7 +35,7 @@ def choose_tokens(logits: th.Tensor, temperature: float) -> th.Tensor:
     return th.searchsorted(cdf, threshold, right=True).squeeze(-1)
 
 
-class TokenDistribution(Distribution):
+class TokenDistribution(MultiCategoricalDistribution):
     """K categorical distributions over V bins, in 32-bit floats.
 
     Those of an autoregressive policy are conditional on a prefix: token k's on tokens 0..k-1 of the actions that the
@@ -51,23 +50,16 @@ class TokenDistribution(Distribution):
     """``(B, K, V)`` log-probabilities: the policy's logits over its temperature, normalized."""
 
     def __init__(self, n_tokens: int, n_bins: int) -> None:
-        super().__init__()
+        super().__init__([n_bins] * n_tokens)
         self.n_tokens = n_tokens
         self.n_bins = n_bins
 
-    def proba_distribution_net(self, latent_dim: int) -> nn.Module:
-        """The layer from a latent ``(B, latent_dim)`` to the logits ``(B, K * V)`` of independent tokens.
-
-        :param latent_dim: size of the latent
-        """
-        return nn.Linear(latent_dim, self.n_tokens * self.n_bins)
-
-    def proba_distribution(self, logits: th.Tensor) -> TokenDistribution:
+    def proba_distribution(self, action_logits: th.Tensor) -> TokenDistribution:
         """This distribution, with new logits.
 
-        :param logits: ``(B, K, V)`` or ``(B, K * V)``, already divided by the temperature
+        :param action_logits: ``(B, K, V)`` or ``(B, K * V)``, already divided by the temperature
         """
-        self.logits = F.log_softmax(logits.float().reshape(-1, self.n_tokens, self.n_bins), dim=-1)
+        self.logits = F.log_softmax(action_logits.float().reshape(-1, self.n_tokens, self.n_bins), dim=-1)
         return self
 
     def token_log_prob(self, actions: th.Tensor) -> th.Tensor:
@@ -103,22 +95,6 @@ class TokenDistribution(Distribution):
         """Bins ``(B, K)``, each the most likely of its token's distribution."""
         return choose_tokens(self.logits, temperature=0.0)
 
-    def actions_from_params(self, logits: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """Bins ``(B, K)`` under new logits.
-
-        :param logits: as in :meth:`proba_distribution`
-        :param deterministic: the most likely bins instead of a sample
-        """
-        return self.proba_distribution(logits).get_actions(deterministic)
-
-    def log_prob_from_params(self, logits: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """A sample ``(B, K)`` under new logits and its log-probability ``(B,)``.
-
-        :param logits: as in :meth:`proba_distribution`
-        """
-        actions = self.actions_from_params(logits)
-        return actions, self.log_prob(actions)
-
 
 def token_logits(distribution: Distribution) -> th.Tensor:
     """Log-probabilities of all bins of all tokens.
@@ -134,17 +110,6 @@ def token_logits(distribution: Distribution) -> th.Tensor:
     if len({*map(int, distribution.action_dims)}) != 1:
         raise ValueError(f"token_logits needs tokens of equal size, got sizes {list(distribution.action_dims)}")
     return th.stack([token.logits for token in distribution.distribution], dim=1)
-
-
-def default_features_extractor(observation_space: spaces.Space, normalize_images: bool) -> type[BaseFeaturesExtractor]:
-    """The features extractor of SB3's policies for this kind of observation.
-
-    :param observation_space: vector, image, or Dict of them
-    :param normalize_images: whether the policy divides images by 255
-    """
-    if isinstance(observation_space, spaces.Dict):
-        return CombinedExtractor
-    return NatureCNN if is_image_space(observation_space, normalized_image=not normalize_images) else FlattenExtractor
 
 
 class TokenPolicy(ActorCriticPolicy):
@@ -184,9 +149,10 @@ class TokenPolicy(ActorCriticPolicy):
         (self.n_tokens,) = action_space.shape  # type: ignore[misc]
         self.temperature = temperature
         self.eval_temperature = eval_temperature
-        if "features_extractor_class" not in kwargs:
-            normalize_images = kwargs.get("normalize_images", True)
-            kwargs["features_extractor_class"] = default_features_extractor(observation_space, normalize_images)
+        if isinstance(observation_space, spaces.Dict):
+            kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        elif is_image_space(observation_space, normalized_image=not kwargs.get("normalize_images", True)):
+            kwargs.setdefault("features_extractor_class", NatureCNN)  # otherwise SB3's default, which flattens
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:

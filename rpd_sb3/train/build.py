@@ -27,6 +27,7 @@ from rpd_sb3.algos import find_algo
 from rpd_sb3.algos.buffers import use_compact_buffer
 from rpd_sb3.cli.config import find_config, load_section, merge, parse_pairs
 from rpd_sb3.cli.files import write_yaml
+from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.factory import with_token_bounds
@@ -34,7 +35,7 @@ from rpd_sb3.episodes.play import Evaluator
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.labelling.probe import probe
-from rpd_sb3.students.device import check_device, set_threads
+from rpd_sb3.students.device import set_threads
 from rpd_sb3.students.warm_start import load_weights
 from rpd_sb3.teachers.registry import open_teacher
 from rpd_sb3.train import folder as runs
@@ -57,10 +58,7 @@ class TrainingSetup:
     resumed_at: int | None
     """Timesteps at which training goes on; None for a new run."""
     closing: ExitStack
-
-    def close(self) -> None:
-        """Close environments and teachers."""
-        self.closing.close()
+    """Closes environments and teachers."""
 
 
 def resolve_config(args: TrainArgs) -> RunConfig:
@@ -112,7 +110,7 @@ def build(args: TrainArgs, config: RunConfig, resume: runs.SavedRun | None, argv
         space = probe(args.env, config.env_kwargs, teacher)
         config = complete_config(config, algo, space, teacher)
         set_threads(args.num_threads, device, space)
-        checkpoint = None if resume is None else find_checkpoint(resume.folder, config.n_timesteps)
+        checkpoint = None if resume is None else runs.find_checkpoint(resume.folder, config.n_timesteps)
         venv = make_training_env(args, config, teacher, closing)
         if checkpoint is None:
             model = make_model(args, config, algo, venv)
@@ -158,17 +156,6 @@ def default_policy(algo: type[BaseAlgorithm], space: spaces.Space) -> str:
     """SB3's name of the policy for these observations."""
     kind = "MultiInput" if isinstance(space, spaces.Dict) else "Cnn" if is_image_space(space) else "Mlp"
     return next(name for name in algo.policy_aliases if name.startswith(kind))
-
-
-def find_checkpoint(folder: Path, n_timesteps: int) -> Path:
-    """The model of a run folder to go on with.
-
-    :raises ValueError: if there is none, or it has seen that many timesteps
-    """
-    checkpoint = runs.latest_checkpoint(folder)
-    if (done := runs.timesteps(checkpoint)) >= n_timesteps:
-        raise ValueError(f"{checkpoint} has {done} timesteps already; ask for more than that with -n")
-    return checkpoint
 
 
 def make_training_env(args: TrainArgs, config: RunConfig, teacher: Teacher | None, closing: ExitStack) -> VecEnv:
@@ -256,9 +243,8 @@ def make_logger(args: TrainArgs, folder: Path, resumed_at: int | None) -> Logger
     :param folder: of the run
     :param resumed_at: timesteps at which training goes on; None for a new run
     """
-    tensorboard = folder / "tensorboard"
-    if args.tensorboard_log:
-        tensorboard = Path(args.tensorboard_log) / args.algo / folder.name
+    elsewhere = args.tensorboard_log
+    tensorboard = Path(elsewhere) / args.algo / folder.name if elsewhere else folder / "tensorboard"
     progress = folder / "progress.csv"
     resumed = resumed_at is not None and progress.is_file()
     formats: list[KVWriter] = [

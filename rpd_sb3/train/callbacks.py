@@ -11,34 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.episodes.play import EvalResult, Evaluator
 from rpd_sb3.labelling.access import find_vec_teacher
-from rpd_sb3.train.folder import read_evaluations, save_model
+from rpd_sb3.train.folder import Evaluations, read_evaluations, save_model
 
 Deferred = Callable[[], AbstractContextManager[None]]
 """Makes the context in which files are written, see :meth:`rpd_sb3.cli.interrupt.Interrupt.deferred`."""
-
-
-class Curve(NamedTuple):
-    """A learning curve of n evaluations."""
-
-    timesteps: np.ndarray
-    """(n,)"""
-    mean: np.ndarray
-    """(n,) success_once, or the return where there is no success."""
-    low: np.ndarray
-    """(n,) end of the Wilson interval, or mean - std."""
-    high: np.ndarray
-    """(n,)"""
-    is_success: bool
 
 
 class EveryNSteps(BaseCallback):
@@ -109,10 +93,7 @@ class EvalSuccessCallback(EveryNSteps):
             return
         keep = found.timesteps <= timesteps
         self.timesteps = found.timesteps[keep].tolist()
-        rows = {"results": found.returns, "ep_lengths": found.lengths}
-        if found.once is not None and found.at_end is not None:
-            rows |= {"successes": found.once, "successes_at_end": found.at_end}
-        self._arrays = {name: list(values[keep]) for name, values in rows.items()}
+        self._arrays = {name: list(values[keep]) for name, values in _arrays_of(found).items()}
         for i in range(len(self.timesteps)):
             self._best = max(self._best, self._score({name: rows[i] for name, rows in self._arrays.items()}))
 
@@ -121,9 +102,7 @@ class EvalSuccessCallback(EveryNSteps):
         result = self.evaluator.student(self.model)
         self.last = result
         self.timesteps.append(self.num_timesteps)
-        row = {"results": result.returns, "ep_lengths": result.lengths}
-        if result.once is not None and result.at_end is not None:
-            row |= {"successes": result.once, "successes_at_end": result.at_end}
+        row = _arrays_of(result)
         for name, values in row.items():
             self._arrays.setdefault(name, []).append(values)
         with self.deferred():
@@ -151,18 +130,13 @@ class EvalSuccessCallback(EveryNSteps):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
 
-    def curve(self) -> Curve:
-        """All evaluations so far."""
-        success = "successes" in self._arrays
-        if success:
-            counts = [(int(row.sum()), len(row)) for row in self._arrays["successes"]]
-            mean = np.array([k / n for k, n in counts])
-            low, high = np.array([wilson_interval(k, n) for k, n in counts]).T
-        else:
-            returns = self._arrays.get("results", [])
-            mean, std = np.array([row.mean() for row in returns]), np.array([row.std() for row in returns])
-            low, high = mean - std, mean + std
-        return Curve(np.array(self.timesteps), mean, low, high, success)
+
+def _arrays_of(result: EvalResult | Evaluations) -> dict[str, np.ndarray]:
+    """The arrays by their names in ``evaluations.npz``."""
+    arrays = {"results": result.returns, "ep_lengths": result.lengths}
+    if result.once is not None and result.at_end is not None:
+        arrays |= {"successes": result.once, "successes_at_end": result.at_end}
+    return arrays
 
 
 class CheckpointCallback(EveryNSteps):

@@ -235,17 +235,22 @@ def label_replay_file(model_file: Path) -> Path:
     return model_file.with_name(f"{model_file.stem}_label_replay.npz")
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The model with the most timesteps.
+def find_checkpoint(folder: Path, n_timesteps: int) -> Path:
+    """The model with the most timesteps, to go on with.
 
-    :raises ValueError: if there is none, or one is damaged
+    :param folder: of the run
+    :param n_timesteps: to train for
+    :raises ValueError: if there is none, one is damaged, or it has seen that many timesteps
     """
     # At a tie, best_model comes first and loses: it may have no label replay.
     files = sorted(folder.glob("*.zip"), key=lambda path: path.name != "best_model.zip")
     steps = {path: timesteps(path) for path in files}
     if not steps:
         raise ValueError(f"run folder {str(folder)!r} holds no model to resume from")
-    return max(reversed(files), key=lambda path: steps[path])
+    latest = max(reversed(files), key=lambda path: steps[path])
+    if steps[latest] >= n_timesteps:
+        raise ValueError(f"{latest} has {steps[latest]} timesteps already; ask for more than that with -n")
+    return latest
 
 
 def timesteps(model_file: Path) -> int:
@@ -302,17 +307,11 @@ def _git_commit() -> str | None:
     root = Path(rpd_sb3.__file__).parent.parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, timeout=5, check=True
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + "+" * bool(changed.strip())
 
 
 class CSVContinuation(CSVOutputFormat):

@@ -107,10 +107,7 @@ def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunC
         elif key in RUN_KEYS:
             setattr(config, key, typed(key, raw, str | None))
         else:
-            names = sorted([*known, *RUN_KEYS])
-            raise ValueError(
-                f"unknown key {key!r} for {algo.__name__}{closest(str(key), names) or '; known are ' + ', '.join(names)}"
-            )
+            _check_key(key, f"for {algo.__name__}", sorted([*known, *RUN_KEYS]))
     if config.policy is not None:
         policy_class(config.policy, algo)
     config.vec_teacher_kwargs = _vec_teacher_kwargs(config.vec_teacher_kwargs)
@@ -180,22 +177,23 @@ def _schedule(key: str, value: Any, annotation: Any) -> Any:
 def _vec_teacher_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     parameters = _parameters(VecTeacher)
     known = [name for name in parameters if name not in NOT_OF_VEC_TEACHER]
-    _check_keys("vec_teacher_kwargs", kwargs, known)
+    for key in kwargs:
+        _check_key(key, "in vec_teacher_kwargs", known)
     return {key: typed(f"vec_teacher_kwargs.{key}", value, parameters[key].annotation) for key, value in kwargs.items()}
 
 
 def _policy_kwargs(kwargs: dict[str, Any], policy: str | None, algo: type[BaseAlgorithm]) -> dict[str, Any]:
     parameters = _parameters(policy_class(policy or next(iter(algo.policy_aliases)), algo))
     known = [name for name in parameters if not name.endswith("_space") and name not in ("self", "lr_schedule")]
-    _check_keys("policy_kwargs", kwargs, known)
+    for key in kwargs:
+        _check_key(key, "in policy_kwargs", known)
     return {key: _class(key, value) if key in CLASSES else value for key, value in kwargs.items()}
 
 
-def _check_keys(where: str, kwargs: Mapping[str, Any], known: list[str]) -> None:
-    for key in kwargs:
-        if key not in known:
-            hint = closest(str(key), known) or f"; known are {', '.join(known)}"
-            raise ValueError(f"unknown key {key!r} in {where}{hint}")
+def _check_key(key: object, where: str, known: list[str]) -> None:
+    if key not in known:
+        hint = closest(str(key), known) or f"; known are {', '.join(known)}"
+        raise ValueError(f"unknown key {key!r} {where}{hint}")
 
 
 def _class(key: str, name: Any) -> type:

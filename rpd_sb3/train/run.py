@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from rpd_sb3.cli.files import write_json
 from rpd_sb3.cli.interrupt import Interrupt
+from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.contract.teacher import Teacher, TeacherError
 from rpd_sb3.episodes.agreement import measure_agreement
 from rpd_sb3.episodes.film import Film, RenderedEnv
@@ -19,7 +21,7 @@ from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, describe, preserved_rng
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.train import folder as runs
 from rpd_sb3.train.build import TrainingSetup
-from rpd_sb3.train.callbacks import CheckpointCallback, Curve, EvalSuccessCallback, ProgressCallback
+from rpd_sb3.train.callbacks import CheckpointCallback, EvalSuccessCallback, ProgressCallback
 from rpd_sb3.train.cost import student_bytes, student_latency, student_parameters
 
 
@@ -58,7 +60,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Close environments and teachers."""
-        self.setup.close()
+        self.setup.closing.close()
 
     def _make_callbacks(self) -> None:
         setup, deferred = self.setup, self.interrupt.deferred
@@ -124,9 +126,9 @@ class TrainingRun:
             self._progress.close()
         with self.interrupt.deferred():
             write_json(self.setup.folder / "result.json", self.result())
-            if self.evaluation.timesteps:
-                path = self.setup.folder / "learning_curve.png"
-                learning_curve(path, self.title, self.evaluation.curve(), self.teacher_result)
+            evaluations = runs.read_evaluations(self.setup.folder)
+            if evaluations is not None:
+                learning_curve(self.setup.folder / "learning_curve.png", self.title, evaluations, self.teacher_result)
         self.setup.model.logger.close()
         if not self._complete:
             print(f"stopped after {self.setup.model.num_timesteps:,} steps; the model is in {self.last_model}")
@@ -189,12 +191,12 @@ class TrainingRun:
         print(f"{timesteps:>10,} steps: {describe(result)}", flush=True)
 
 
-def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | None) -> None:
+def learning_curve(path: Path, title: str, evaluations: runs.Evaluations, teacher: EvalResult | None) -> None:
     """Draw the student's evaluations over environment steps, and the teacher's as a dashed line.
 
     :param path: ``.png`` file
     :param title: of the figure
-    :param curve: of the student
+    :param evaluations: of the student
     :param teacher: None: no line
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -203,15 +205,22 @@ def learning_curve(path: Path, title: str, curve: Curve, teacher: EvalResult | N
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    (line,) = axes.plot(curve.timesteps, curve.mean, label="student")
-    axes.fill_between(curve.timesteps, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
-    if teacher is not None:
-        level = teacher.success_once if curve.is_success else teacher.mean_return
-        axes.axhline(level or 0.0, color="black", linestyle="--", label="teacher")
-    if curve.is_success:
+    steps, returns, _, once, _ = evaluations
+    if once is None:
+        level = None if teacher is None else teacher.mean_return
+        mean = returns.mean(axis=1)
+        low, high = mean - returns.std(axis=1), mean + returns.std(axis=1)
+    else:
+        level = None if teacher is None else teacher.success_once
+        mean = once.mean(axis=1)
+        low, high = np.array([wilson_interval(int(row.sum()), len(row)) for row in once]).T
         axes.set_ylim(-0.02, 1.02)
+    (line,) = axes.plot(steps, mean, label="student")
+    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if teacher is not None:
+        axes.axhline(level or 0.0, color="black", linestyle="--", label="teacher")
     axes.set(
-        title=title, xlabel="environment steps", ylabel="success (once, 95 % Wilson)" if curve.is_success else "return"
+        title=title, xlabel="environment steps", ylabel="return" if once is None else "success (once, 95 % Wilson)"
     )
     axes.legend(loc="best")
     axes.grid(alpha=0.3)

@@ -18,10 +18,6 @@ from rpd_sb3.contract.teacher import TeacherError
 DOORS = ("train", "evaluate", "enjoy", "collect", "export", "report", "serve")
 
 
-def help_of(door: str) -> str:
-    return importlib.import_module(f"rpd_sb3.{door}.__main__").make_parser().format_help()
-
-
 @pytest.mark.parametrize("door", DOORS)
 def test_help_says_each_default_once(door: str) -> None:
     parser = importlib.import_module(f"rpd_sb3.{door}.__main__").make_parser()
@@ -36,7 +32,8 @@ def test_help_says_each_default_once(door: str) -> None:
 
 @pytest.mark.parametrize("door", ["train", "evaluate", "enjoy", "collect"])
 def test_help_names_every_kind_of_teacher(door: str) -> None:
-    text = "".join(help_of(door).split())
+    parser = importlib.import_module(f"rpd_sb3.{door}.__main__").make_parser()
+    text = "".join(parser.format_help().split())
     assert [name for name in TEACHERS if name not in text] == []
 
 

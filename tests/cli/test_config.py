@@ -31,15 +31,11 @@ SECTIONS = (
     [
         ("A-v0", [], None, 0.2),
         ("A-v0", ["dense"], None, 0.3),
-        ("A-v0", ["sparse"], None, 0.2),
         ("B-v0", ["dense"], None, 0.1),
         ("A-v0", ["dense"], "paper", 0.4),
-        ("B-v0", [], "A-v0-dense", 0.3),
-        ("A-v0", ["rgb"], None, 0.5),
         ("A-v0", ["rgb", "dense"], None, 0.5),
         ("A-v0", ["rgb+state"], None, 0.2),
         ("C-v0", ["rgb", "dense"], None, 0.8),
-        ("C-v0", ["rgb", "sparse"], None, 0.7),
     ],
 )
 def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: str | None, gamma: float) -> None:
@@ -54,7 +50,6 @@ def test_section_lookup(tmp_path: Path, env_id: str, asked: list[str], section: 
         ("A-v0: {}\n1: {}", None, "has no section 'B-v0' or 'default', only A-v0, 1"),
         ("B-v0: 3", None, "section 'B-v0': expected a mapping, got 3"),
         ("- 1\n", None, "expected a mapping at the top, got list"),
-        ("", None, "expected a mapping at the top, got NoneType"),
         ("B-v0:\n  gamma: [1\nC: 3\n", None, "config.yml, line 3: "),
         ("B-v0: !!python/object/apply:os.system [exit]\n", None, "config.yml, line 1: "),
     ],
@@ -74,12 +69,11 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i -
         (ALIAS_BOMB, "more than 100000"),
         (MERGE_BOMB, "more than 100000"),
         ("a: &a [1, *a]", "contains itself"),
-        ("a: &a {b: {c: *a}}", "contains itself"),
         ("a: " + "[" * 40 + "]" * 40, "nested more than 32"),
         ("a: " + "[" * 600 + "]" * 600, "nested more than 32"),
         ("a: " + "x" * 2**20, "longer than 1048576"),
     ],
-    ids=["aliases", "merges", "self", "self deeper", "deep", "very deep", "long"],
+    ids=["aliases", "merges", "self", "deep", "very deep", "long"],
 )
 def test_document_beyond_the_limits_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(yaml.YAMLError, match=problem):
@@ -129,7 +123,6 @@ def test_pairs_are_yaml_and_nest() -> None:
     ("pairs", "message"),
     [
         (["gamma"], "-params: 'gamma' is not of the form key:value"),
-        ([":3"], "-params: ':3' is not of the form key:value"),
         (["a:[1"], r"-params: the value of 'a:\[1' cannot be read as YAML"),
         (["a:1", "a.b:2"], "-params: 'a.b:2' contradicts"),
     ],
@@ -160,13 +153,9 @@ def test_strings_in_scientific_notation_become_numbers_at_any_depth() -> None:
     ("value", "annotation", "expected"),
     [
         (2e2, int, 200),
-        (1, float, 1),
         (0.5, float | None, 0.5),
         (None, Optional[float], None),  # noqa: UP045  (as SB3 writes it)
-        (True, bool, True),
         ("lin_3e-4", SCHEDULE, "lin_3e-4"),
-        (3e-4, SCHEDULE, 3e-4),
-        ("l1", str | None, "l1"),
         ({"a": 1}, dict[str, Any] | None, {"a": 1}),
         (["a:1"], list[str], ["a:1"]),
         ("anything", Path, "anything"),
@@ -185,12 +174,9 @@ def test_value_that_the_annotation_allows(value: Any, annotation: Any, expected:
         (1.5, int, "x=1.5 must be a whole number"),
         (True, int, "x=True must be a whole number"),
         (float("inf"), int, "x=inf must be a whole number"),
-        (float("nan"), float, "x=nan must be a number"),
         (None, float, "x=None must be a number"),
         (True, SCHEDULE, "x=True must be a number or a schedule"),
         ("lin_1", float, "it takes no schedule"),
-        (1, bool, "x=1 must be true or false"),
-        (3, str, "x=3 must be a string"),
         ("dict(a=1)", dict[str, Any], "x='dict.*must be a mapping.*strings are not evaluated"),
         ("a:1", list[str], "x='a:1' must be a list"),
     ],

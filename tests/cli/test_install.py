@@ -17,7 +17,6 @@ from tests.support import ROOT
 from tests.support.packages import BLOCK, packages
 from tests.support.serving_helpers import free_port, is_ready, serving_process
 
-REPO = ROOT
 MODULES = {"PyYAML": "yaml", "stable-baselines3": "stable_baselines3", "sb3-contrib": "sb3_contrib"}
 
 
@@ -65,6 +64,6 @@ def test_training_says_that_the_students_side_is_missing(
 
 @pytest.mark.parametrize("extra", ["teacher-server", "openpi", "export", "maniskill", "dev"])
 def test_what_make_installs_is_pinned(extra: str) -> None:
-    pinned = {line.split("==")[0] for line in (REPO / "constraints.txt").read_text().splitlines()}
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     asked = {re.sub(r"[_.]", "-", name.split("[")[0]).lower() for name in packages("options.extras_require", extra)}
     assert asked - {"rpd-sb3"} <= pinned

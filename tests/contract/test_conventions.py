@@ -165,10 +165,7 @@ def test_tokens_decode_to_scaled_centres_clipped_to_what_the_environment_takes()
     assert env.action(np.zeros(7, int)).dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [(LOW[:6], HIGH[:6]), (LOW, (np.nan,) * 7), (["a"] * 7, HIGH), (None, None)],
-)
+@pytest.mark.parametrize("wrong", [(LOW[:6], HIGH[:6]), (LOW, (np.nan,) * 7), (["a"] * 7, HIGH)])
 def test_action_tokens_refuse_bounds_that_do_not_fit(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"(?s)bounds=.* must be two finite arrays of shape \(7,\)"):
         ActionTokens(ArmEnv(), bounds=Bounds(*wrong))
@@ -226,7 +223,6 @@ def test_make_env_takes_bounds_that_are_written_out() -> None:
     [
         ({}, "high, low: expected low, high and perhaps n_bins"),
         ({"low": [-1.0] * 7, "hihg": [1.0] * 7}, "hihg: expected low, high and perhaps n_bins"),
-        ({"low": "least", "high": "most"}, "bounds=.* must be two finite arrays"),
         ({"low": [-1.0] * 7, "high": [1.0] * 7, "n_bins": "16"}, "n_bins='16' must be at least 2"),
     ],
 )

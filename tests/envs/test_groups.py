@@ -122,11 +122,6 @@ def test_group_of_one_starts_like_nobody_else(tiny: VecEnv) -> None:
     assert len({starts[0] for starts in play(tiny, 0)}) == N
 
 
-def test_a_whole_vec_env_can_be_one_group(tiny: VecEnv) -> None:
-    begin_groups(tiny, N, rng())
-    assert alike(*play(tiny))
-
-
 def test_a_seed_given_at_reset_wins_and_counts_as_no_episode() -> None:
     env, plain = EpisodeSeeds(TinyEnv()), TinyEnv()
     env.begin_group(5)
@@ -157,26 +152,13 @@ def test_a_seed_given_before_the_groups_does_not_part_them(tiny: VecEnv, wrap: C
 ACTIONS = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
 
-def test_groups_begin_through_the_teachers_wrapper(tiny: VecEnv) -> None:
-    venv = VecTeacher(tiny, EchoTeacher(lambda query: query.inputs["state"][:, 1:], space=ACTIONS))
-    begin_groups(venv, 3, rng())
-    through = play(venv)
-    assert alike(*through[:3])
-    begin_groups(tiny, 3, rng())
-    assert play(tiny) == through
-
-
-def test_before_the_first_group_the_wrapper_changes_nothing() -> None:
+@pytest.mark.parametrize("grouped_before", [False, True])
+def test_without_a_group_the_wrapper_changes_nothing(grouped_before: bool) -> None:
     env, plain = EpisodeSeeds(TinyEnv()), TinyEnv()
-    for seed in (3, None, None):
-        np.testing.assert_array_equal(env.reset(seed=seed)[0], plain.reset(seed=seed)[0])
-
-
-def test_without_a_group_any_more_the_wrapper_changes_nothing() -> None:
-    env, plain = EpisodeSeeds(TinyEnv()), TinyEnv()
-    env.begin_group(5)
-    env.reset()
-    env.begin_group(None)
+    if grouped_before:
+        env.begin_group(5)
+        env.reset()
+        env.begin_group(None)
     for seed in (3, None, None):
         np.testing.assert_array_equal(env.reset(seed=seed)[0], plain.reset(seed=seed)[0])
 

@@ -18,7 +18,6 @@ from rpd_sb3.labelling import TeacherWrapper
 from rpd_sb3.labelling.vec_teacher import VecTeacher
 from rpd_sb3.teachers import Query, make_teacher
 
-SIMILAR = [task for task in TASKS if task != "PickCube-v1"]
 HORIZONS = {"RollBall-v1": 80, "PullCubeTool-v1": 100}
 ACTIONS = spaces.Box(-1, 1, (7,), np.float32)
 
@@ -157,18 +156,6 @@ def test_images_have_the_asked_size_and_show_the_goal_marker(renderer: None) -> 
     env.close()
 
 
-@pytest.mark.parametrize("task", ["PickCube-v1", *(pytest.param(task, marks=pytest.mark.slow) for task in SIMILAR)])
-def test_a_student_of_any_task_sees_frames_that_follow_from_the_seed(task: str, renderer: None) -> None:
-    env = make_env(task, obs="rgb", image_size=84)
-    assert env.observation_space == spaces.Box(0, 255, (84, 84, 3), np.uint8)
-    first, other, again = (env.reset(seed=seed)[0] for seed in (3, 4, 3))
-    assert env.observation_space.contains(first)
-    assert first.std() > 10, "it shows something"
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-    env.close()
-
-
 @pytest.mark.parametrize("task", list(TASKS))
 def test_a_student_of_any_task_sees_frames_and_itself_but_nothing_of_the_scripted_teachers(
     task: str, renderer: None
@@ -189,18 +176,6 @@ def test_a_student_of_any_task_sees_frames_and_itself_but_nothing_of_the_scripte
     np.testing.assert_array_equal(frames[0], frames[2])
     assert (frames[0] != frames[1]).any()
     venv.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("obs", "size"), [("rgb", 128), ("rgb+state", 84)])
-@pytest.mark.parametrize("task", list(TASKS))
-def test_every_task_has_the_other_sizes_of_its_views(task: str, obs: str, size: int, renderer: None) -> None:
-    env = make_env(task, obs=obs, image_size=size)
-    given, _ = env.reset(seed=3)
-    assert env.observation_space.contains(given)
-    frame = given["rgb"] if obs == "rgb+state" else given
-    assert (frame.shape, frame.dtype) == ((size, size, 3), np.uint8)
-    env.close()
 
 
 def test_the_side_view_differs_from_the_base_camera(renderer: None) -> None:

@@ -36,23 +36,8 @@ def test_a_run_is_resumed(run: Path) -> None:
 
 
 def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "--run",
-        str(run),
-        "--model",
-        "last",
-        "-n",
-        "1",
-        "--n-envs",
-        "1",
-        "--vec-env",
-        "dummy",
-        "--seed",
-        "10000",
-        "--json",
-        "-",
-    ]
-    assert evaluate(command) == 0
+    options = "--model last -n 1 --n-envs 1 --vec-env dummy --seed 10000 --json -"
+    assert evaluate(["--run", str(run), *options.split()]) == 0
     now = json.loads(capsys.readouterr().out)["mean_return"]
     then = json.loads((run / "result.json").read_text())["student"]["mean_return"]
     assert now == pytest.approx(then, rel=1e-4)
