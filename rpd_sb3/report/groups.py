@@ -31,10 +31,6 @@ class Group(NamedTuple):
     """By seed, at least one."""
 
     @property
-    def algo(self) -> str:
-        return self.records[0].algo
-
-    @property
     def has_success(self) -> bool:
         return all(record.evaluations.once is not None for record in self.records)
 
@@ -79,12 +75,12 @@ class Group(NamedTuple):
             return None
         return Rate(rate, *wilson_interval(round(rate * n), n), n)
 
-    def number(self, *path: str) -> float | None:
+    def number(self, key: str) -> float | None:
         """Mean over the runs of a number in ``result.json``.
 
-        :param path: keys from the outermost to the innermost
+        :param key: e.g. ``student_bytes``, or ``latency_ms.median`` of a nested one
         """
-        return mean(_dig(record.result, path) for record in self.records)
+        return mean(flatten(record.result).get(key) for record in self.records)
 
 
 def group_records(records: Iterable[Record]) -> dict[str, list[Group]]:
@@ -155,9 +151,3 @@ def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the seed of the teacher's noise."""
     teacher = {key: value for key, value in (config.get("teacher_kwargs") or {}).items() if key != "seed"}
     return dict(config) | ({"teacher_kwargs": teacher} if teacher or "teacher_kwargs" in config else {})
-
-
-def _dig(content: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content

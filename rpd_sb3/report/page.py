@@ -65,8 +65,7 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
     :param name: prefix of the ids in it
     """
     records = [record for group in groups for record in group.records]
-    taught = [group for group in groups if group.teacher_name is not None]
-    agreements = [(group, tables.agreement_table(group)) for group in taught]
+    agreements = [(group.label, tables.agreement_table(group)) for group in groups]
     return {
         "env": env,
         "groups": groups,
@@ -75,7 +74,7 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
         "curves": learning_curves(name, env, groups),
         "success": tables.success_table(groups),
         "costs": tables.cost_table(groups),
-        "agreements": [(group.label, table) for group, table in agreements if table is not None],
+        "agreements": [(label, table) for label, table in agreements if table is not None],
         "updates": update_curves(name, env, groups),
         "videos": [videos for group in groups if (videos := find_videos(group)) is not None],
         "differences": tables.difference_table(groups),
