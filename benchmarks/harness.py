@@ -90,7 +90,8 @@ def run(
             same = ("row", "label", "seed")
             records = [r for r in records if any(r[key] != record[key] for key in same)] + [record]
             results.parent.mkdir(exist_ok=True)
-            results.write_text(json.dumps(records, indent=1) + "\n")
+            lines = ",\n".join(json.dumps(record) for record in records)  # one line for each run
+            results.write_text(f"[\n{lines}\n]\n")
     return records
 
 

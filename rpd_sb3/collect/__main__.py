@@ -23,8 +23,6 @@ from rpd_sb3.cli.common import (
 )
 from rpd_sb3.contract.names import TEACHER_HELP
 
-AT_LEAST = {"n_episodes": 1, "n_envs": 1, "seed": 0, "fps": 1}
-
 
 def make_parser() -> Parser:
     """The parser of the command line."""
@@ -61,7 +59,7 @@ def check(args: Any) -> None:
         raise ValueError("--env or --teacher is missing: name both, e.g. --env PickCube-v1 --teacher scripted")
     if args.out is None and args.lerobot is None:
         raise ValueError("--out is missing: name the file to write, e.g. --out demos.npz")
-    check_at_least(vars(args), AT_LEAST)
+    check_at_least(vars(args), {"n_episodes": 1, "n_envs": 1, "seed": 0, "fps": 1})
     if not 0.0 <= args.noise < math.inf:
         raise ValueError(f"--noise {args.noise} must be a std, at least 0")
     from rpd_sb3.demos.files import check_lerobot, check_suffix

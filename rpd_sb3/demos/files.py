@@ -62,13 +62,12 @@ class Demonstrations(NamedTuple):
                 f"{n_episodes} demonstrations are asked for, but there are {self.n_episodes} to choose from"
             )
         end = self.episodes[n_episodes - 1].stop
-        return Demonstrations(
+        return self._replace(
             observations=each(lambda value: value[:end], self.observations),
             actions=self.actions[:end],
             episode_starts=self.episode_starts[:end],
             rewards=self.rewards[:end],
             successes=None if self.successes is None else self.successes[:n_episodes],
-            metadata=self.metadata,
         )
 
 

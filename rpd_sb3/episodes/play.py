@@ -165,6 +165,30 @@ class EvalResult(NamedTuple):
     at_end: np.ndarray | None
     """(K,) bool"""
 
+    @classmethod
+    def of(
+        cls, returns: np.ndarray, lengths: np.ndarray, once: np.ndarray | None, at_end: np.ndarray | None
+    ) -> EvalResult:
+        """The statistics of K episodes, K at least 1.
+
+        :param returns: ``(K,)``
+        :param lengths: ``(K,)``
+        :param once: ``(K,)`` bool; None: not reported
+        :param at_end: ``(K,)`` bool; None: not reported
+        """
+        return cls(
+            success_once=None if once is None else float(once.mean()),
+            success_at_end=None if at_end is None else float(at_end.mean()),
+            n_episodes=len(returns),
+            ci95=None if once is None else wilson_interval(int(once.sum()), len(once)),
+            mean_return=float(returns.mean()),
+            mean_length=float(lengths.mean()),
+            returns=returns,
+            lengths=lengths,
+            once=once,
+            at_end=at_end,
+        )
+
     def summary(self) -> dict[str, Any]:
         """The numbers without the arrays, ready for JSON."""
         arrays = ("returns", "lengths", "once", "at_end")
@@ -283,23 +307,12 @@ class Evaluator:
 
 def summarize(episodes: Sequence[Episode]) -> EvalResult:
     """The statistics of at least one episode."""
-    returns = np.array([episode.episode_return for episode in episodes])
-    lengths = np.array([episode.length for episode in episodes])
-    once = at_end = None
-    if all(episode.once is not None for episode in episodes):
-        once = np.array([episode.once for episode in episodes], dtype=bool)
-        at_end = np.array([episode.at_end for episode in episodes], dtype=bool)
-    return EvalResult(
-        success_once=None if once is None else float(once.mean()),
-        success_at_end=None if at_end is None else float(at_end.mean()),
-        n_episodes=len(episodes),
-        ci95=None if once is None else wilson_interval(int(once.sum()), len(once)),
-        mean_return=float(returns.mean()),
-        mean_length=float(lengths.mean()),
-        returns=returns,
-        lengths=lengths,
-        once=once,
-        at_end=at_end,
+    known = all(episode.once is not None for episode in episodes)
+    return EvalResult.of(
+        np.array([episode.episode_return for episode in episodes]),
+        np.array([episode.length for episode in episodes]),
+        np.array([episode.once for episode in episodes], dtype=bool) if known else None,
+        np.array([episode.at_end for episode in episodes], dtype=bool) if known else None,
     )
 
 

@@ -84,9 +84,7 @@ def _load_export(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
 
 def _load_student(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
     run = runs.load_run(args.run)
-    path = run.best_model if args.model == "best" else run.last_model
-    if args.model == "best" and not path.is_file():
-        raise ValueError(f"run {args.run!r} has no best_model.zip yet; use --model last")
+    path = run.model_file(args.model)
     model = runs.load_model(run.algo, path, device=check_device(args.device))
     env_id = args.env or run.args["env"]
     env_kwargs = merge(run.config.get("env_kwargs", {}), env_kwargs)

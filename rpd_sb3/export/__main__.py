@@ -35,7 +35,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, and return the exit code: 2 for a mistake of the user's, 1 if the export failed, 130 after Ctrl-C."""
-    return parse_and_run(argv, make_parser, check, lambda args: ExportCommand(args, args.argv))
+    return parse_and_run(argv, make_parser, check, ExportCommand)
 
 
 def check(args: Any) -> None:
@@ -56,11 +56,10 @@ class ExportCommand:
     """An export, checked and ready to run.
 
     :param args: of :func:`check`
-    :param argv: words of the command line, to be written into the manifest
     :raises ValueError: for a user's mistake
     """
 
-    def __init__(self, args: Any, argv: Sequence[str]) -> None:
+    def __init__(self, args: Any) -> None:
         from rpd_sb3.contract.secrets import redact
         from rpd_sb3.export.deploy import check_exportable
         from rpd_sb3.export.hub import check_upload
@@ -75,17 +74,14 @@ class ExportCommand:
         run = runs.load_run(args.run)
         self.folder = Path(args.output) if args.output else run.folder / f"export_{args.format}"
         check_folder(self.folder, args.overwrite)
-        path = run.best_model if args.model == "best" else run.last_model
-        if not path.is_file():
-            other = "last" if args.model == "best" else "best"
-            raise ValueError(f"run {args.run!r} has no {path.name} yet; train it to the end, or use --model {other}")
+        path = run.model_file(args.model)
         model = runs.load_model(run.algo, path, device="cpu")
         policy = check_exportable(model, str(path))
         set_threads(1, "cpu", policy.observation_space)
         self.env_id = run.args["env"]
         self.env_kwargs = with_image_size(self.env_id, run.config.get("env_kwargs", {}), policy.observation_space)
         tokens = token_spec(self.env_kwargs, policy.action_space)
-        command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *argv]))
+        command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *args.argv]))
         self.export = Export(run, model, policy, run_facts(run, path, args.model), args.format, tokens, command)
         self.observations = self._read_or_probe(str(path))
 
@@ -96,9 +92,8 @@ class ExportCommand:
         from rpd_sb3.export.observations import read
         from rpd_sb3.labelling.probe import check_observations, probe
 
-        specs = input_specs(self.export.policy.observation_space)
         if self.args.observations:
-            return read(self.args.observations, [spec["name"] for spec in specs], specs)
+            return read(self.args.observations, input_specs(self.export.policy.observation_space))
         check_env_id(self.env_id)
         shown = probe(self.env_id, self.env_kwargs, None)
         try:

@@ -107,6 +107,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     front = yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True)
     environment = manifest["environment"]
     instruction = environment.get("instruction")
+    latency = manifest["latency_ms"]
     teacher = manifest["teacher"]
     parts = [
         f"---\n{front}---",
@@ -116,7 +117,8 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         + (f", distilled from the teacher `{teacher['name']}`" if teacher else "")
         + f" with `{manifest['training']['algorithm']}`"
         " of rpd_sb3 ([Refined Policy Distillation](https://arxiv.org/abs/2503.05833))."
-        f" {manifest['parameters']['policy']:,} parameters; {_latency(manifest)}.",
+        f" {manifest['parameters']['policy']:,} parameters; {latency['median']:.2g} ms for one observation on one thread "
+        f"of {latency['cpu']}.",
         "## Use",
         f"```python\n{snippet(manifest)}```",
         _USAGE[manifest["format"]],
@@ -134,11 +136,12 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
 def snippet(manifest: dict[str, Any]) -> str:
     """Python that loads the policy from its own folder and acts once, on an observation of zeros."""
     specs = manifest["observation"]
-    single = {spec["name"]: f"np.zeros({tuple(spec['shape'])}, np.{spec['dtype']})" for spec in specs}
+    zeros = {spec["name"]: f"np.zeros({tuple(spec['shape'])}, np.{spec['dtype']})" for spec in specs}
+    several = ", ".join(f'"{name}": {value}' for name, value in zeros.items())
     batch = [f"torch.zeros({(1, *spec['shape'])}, dtype=torch.{spec['dtype']})" for spec in specs]
     return SNIPPETS[manifest["format"]].format(
         name=manifest["name"],
-        example=_literal(single),
+        example=f"{{{several}}}" if len(zeros) > 1 else next(iter(zeros.values())),
         batch=", ".join(batch),  # in the order of the manifest
         outputs="action, tokens" if manifest["tokens"] else "(action,)",
         torch=manifest["versions"]["torch"].partition("+")[0],
@@ -176,13 +179,6 @@ def _front_matter(manifest: dict[str, Any]) -> dict[str, Any]:
     return front | {"model-index": [{"name": manifest["name"], "results": [result]}]}
 
 
-def _literal(values: dict[str, str]) -> str:
-    """Python source of a mapping, or of its only value."""
-    if len(values) == 1:
-        return next(iter(values.values()))
-    return "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
-
-
 def _inputs(manifest: dict[str, Any]) -> str:
     environment = manifest["environment"]
     action = manifest["action"]
@@ -215,14 +211,9 @@ def _inputs(manifest: dict[str, Any]) -> str:
 def _success(manifest: dict[str, Any]) -> str:
     rows = []
     for who, result in manifest["success"].items():
-        if result is None:
-            continue
-        if result["success_once"] is None:
-            rows.append(f"| {who} | - | {result['mean_return']:.2f} | {result['n_episodes']} |")
-            continue
-        low, high = result["ci95"]
-        cell = f"{result['success_once']:.0%} [{low:.0%}, {high:.0%}]"
-        rows.append(f"| {who} | {cell} | {result['mean_return']:.2f} | {result['n_episodes']} |")
+        if result is not None:
+            rate = runtime.rate_text(result) or "-"
+            rows.append(f"| {who} | {rate} | {result['mean_return']:.2f} | {result['n_episodes']} |")
     if not rows:
         return "This model has not been evaluated in its run."
     table = "\n".join(["| | success, 95 % interval | return | episodes |", "|---|---|---|---|", *rows])
@@ -243,8 +234,3 @@ def _origin(manifest: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
     ]
     return "\n".join(lines)
-
-
-def _latency(manifest: dict[str, Any]) -> str:
-    latency = manifest["latency_ms"]
-    return f"{latency['median']:.2g} ms for one observation on one thread of {latency['cpu']}"

@@ -89,16 +89,9 @@ def input_specs(space: spaces.Space) -> list[dict[str, Any]]:
 
 def _limit(bound: np.ndarray) -> Any:
     """A bound for JSON: one number if all are the same, null for infinity."""
-    values = np.unique(bound)
-    if len(values) == 1:
-        return values[0].item() if np.isfinite(values[0]) else None
-    return _finite(bound.tolist())
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_finite(value) for value in values]
-    return values if np.isfinite(values) else None
+    values = bound.astype(object)
+    values[~np.isfinite(bound)] = None
+    return values.flat[0] if len(np.unique(bound)) == 1 else values.tolist()
 
 
 def camera_view(observation: Any, space: spaces.Space) -> Any:

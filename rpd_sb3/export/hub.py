@@ -25,7 +25,7 @@ def check_upload(repo_id: str) -> str:
         from huggingface_hub import get_token
     except ImportError as error:
         raise ValueError(f"--push-to-hub needs huggingface_hub: pip install 'rpd_sb3[export]' ({error})") from error
-    token = os.environ.get("HF_TOKEN") or get_token()
+    token = get_token()  # of HF_TOKEN, or of a login
     if not token:
         raise ValueError("--push-to-hub needs a token with write access: set HF_TOKEN, or run `hf auth login`")
     return token

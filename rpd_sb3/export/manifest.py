@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds
-from rpd_sb3.contract.statistics import wilson_interval
+from rpd_sb3.episodes.play import EvalResult
 from rpd_sb3.export import runtime
 from rpd_sb3.export.deploy import input_specs
 from rpd_sb3.export.observations import POSE_ACTION
@@ -78,23 +78,10 @@ def run_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any
     :param which: ``best`` or ``last``
     :raises ValueError: if a file of the run is damaged
     """
-    return {
-        "teacher": teacher_facts(run),
-        "training": training_facts(run, model_file, which),
-        "success": success_facts(run, model_file, which),
-    }
-
-
-def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
-    """What the policy was trained on.
-
-    :param run: its run
-    :param model_file: the model exported
-    :param which: ``best`` or ``last``
-    """
+    teacher = run.config.get("teacher")
     result = run.result
     versions = run.versions
-    return {
+    training = {
         "algorithm": run.args["algo"],
         "model": which,
         "env_steps": runs.timesteps(model_file),
@@ -107,58 +94,41 @@ def training_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str
         "versions": {key: versions[key] for key in ("rpd_sb3", "torch", "stable-baselines3") if key in versions},
         "command": "\n".join(run.commands) or None,
     }
+    return {
+        "teacher": None if teacher is None else {"name": teacher, "kwargs": run.config.get("teacher_kwargs", {})},
+        "training": training,
+        "success": {"student": student_success(run.folder, model_file, which), "teacher": result.get("teacher")},
+    }
 
 
-def teacher_facts(run: runs.SavedRun) -> dict[str, Any] | None:
-    """The teacher's name and options."""
-    if run.config.get("teacher") is None:
-        return None
-    return {"name": run.config["teacher"], "kwargs": run.config.get("teacher_kwargs", {})}
+def student_success(folder: Path, model_file: Path, which: str) -> dict[str, Any] | None:
+    """How often the exported model succeeded when its run evaluated it; None if it did not.
 
-
-def success_facts(run: runs.SavedRun, model_file: Path, which: str) -> dict[str, Any]:
-    """How often the exported model and its teacher succeeded, with Wilson's intervals.
-
-    :param run: its run
+    :param folder: of the run
     :param model_file: the model exported
     :param which: ``best`` or ``last``
-    :return: ``student`` and ``teacher``, None where nothing was measured
+    :raises ValueError: if a file of the run is damaged
     """
-    student = _evaluation_at(run.folder, runs.timesteps(model_file))
-    if student is not None:
-        student["model"] = which
-        if which == "best" and student["n_evaluations"] > 1:
-            student["note"] = (
-                f"the best of {student['n_evaluations']} evaluations, which is optimistic: a fresh evaluation is "
-                "python -m rpd_sb3.evaluate --export"
-            )
-    return {"student": student, "teacher": run.result.get("teacher")}
-
-
-def _evaluation_at(folder: Path, timesteps: int) -> dict[str, Any] | None:
     evaluations = runs.read_evaluations(folder)
+    timesteps = runs.timesteps(model_file)
     if evaluations is None or timesteps not in evaluations.timesteps:
         return None
     row = np.flatnonzero(evaluations.timesteps == timesteps)[-1]
-    n = len(evaluations.returns[row])
-    result: dict[str, Any] = {
-        "success_once": None,
-        "success_at_end": None,
-        "n_episodes": n,
-        "ci95": None,
-        "mean_return": float(evaluations.returns[row].mean()),
-        "mean_length": float(evaluations.lengths[row].mean()),
-        "timesteps": timesteps,
-        "n_evaluations": len(evaluations.timesteps),
-    }
-    if evaluations.once is not None and evaluations.at_end is not None:
-        k = int(evaluations.once[row].sum())
-        result |= {
-            "success_once": k / n,
-            "success_at_end": float(evaluations.at_end[row].mean()),
-            "ci95": list(wilson_interval(k, n)),
-        }
-    return result
+    n = len(evaluations.timesteps)
+    _, returns, lengths, once, at_end = evaluations
+    episodes = EvalResult.of(
+        returns[row],
+        lengths[row],
+        None if once is None else once[row],
+        None if at_end is None else at_end[row],
+    )
+    student = episodes.summary() | {"timesteps": timesteps, "n_evaluations": n, "model": which}
+    if which == "best" and n > 1:
+        student["note"] = (
+            f"the best of {n} evaluations, which is optimistic: a fresh evaluation is "
+            "python -m rpd_sb3.evaluate --export"
+        )
+    return student
 
 
 def versions() -> dict[str, str]:

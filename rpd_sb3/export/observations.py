@@ -82,11 +82,10 @@ def record_observations(
         venv.close()
 
 
-def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def read(path: str, specs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Observations from an ``.npz`` file with an array ``(n, ...)`` for each input.
 
     :param path: the file
-    :param names: of the inputs
     :param specs: of the inputs
     :raises ValueError: if it is not such a file, or its arrays do not fit
     """
@@ -94,6 +93,7 @@ def read(path: str, names: list[str], specs: list[dict[str, Any]]) -> dict[str, 
         arrays = runtime.read_arrays(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"--observations {path} is not an .npz file without pickles: {error}") from error
+    names = [spec["name"] for spec in specs]
     if missing := [name for name in names if name not in arrays]:
         raise ValueError(
             f"--observations {path} has {', '.join(arrays) or 'nothing'}, but the policy takes {', '.join(names)}: "
@@ -121,7 +121,6 @@ def facts_of_config(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any
     """
     task = TASKS.get(env_id)
     control_mode = env_kwargs.get("control_mode") or ("pd_ee_delta_pose" if task else None)
-    moves_hand = control_mode == "pd_ee_delta_pose"
     closed, opened = GRIPPERS["-1..1"]
     return {
         "id": env_id,
@@ -130,7 +129,7 @@ def facts_of_config(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any
         "control_mode": control_mode,
         "control_freq": None,
         "camera": None,
-        "gripper": {"closed": closed, "open": opened} if moves_hand else None,
+        "gripper": {"closed": closed, "open": opened} if control_mode == "pd_ee_delta_pose" else None,
     }
 
 

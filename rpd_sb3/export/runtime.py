@@ -97,20 +97,30 @@ class Policy:
         """
         return self._act(self._batch(observation)[0])
 
+    def compare(self, observations: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, bool]:
+        """Compare with known answers, in one batch and one by one.
+
+        :param observations: input name to ``(n, ...)``
+        :param expected: ``action`` ``(n, ...)``, and ``tokens`` if the policy has them
+        :return: largest difference between two actions, NaN if one is not finite; whether all tokens are the same
+        """
+        n = len(expected["action"])
+        difference = 0.0
+        same = True
+        for rows in (slice(0, n), *(slice(i, i + 1) for i in range(n))):
+            got = self.answer({name: array[rows] for name, array in observations.items()})
+            difference = float(np.maximum(difference, np.abs(got["action"] - expected["action"][rows]).max()))
+            same = same and ("tokens" not in got or np.array_equal(got["tokens"], expected["tokens"][rows]))
+        return difference, same
+
     def check(self) -> float:
-        """Compare with the recorded actions in the export, in one batch and one by one.
+        """Compare with the recorded actions in the export.
 
         :return: largest difference between an action and the recorded one
         :raises ValueError: if it exceeds the manifest's tolerance, or a token differs
         """
         expected = read_arrays(checked_file(self.folder, self.manifest, CHECK))
-        observations = {name: expected["obs/" + name] for name in self._inputs}
-        n = len(expected["action"])
-        one_by_one = [self.answer({name: value[i] for name, value in observations.items()}) for i in range(n)]
-        joined = {name: np.concatenate([one[name] for one in one_by_one]) for name in one_by_one[0]}
-        answers = (self.answer(observations), joined)
-        difference = float(np.max([np.abs(answer["action"] - expected["action"]).max() for answer in answers]))
-        same = all(np.array_equal(answer["tokens"], expected["tokens"]) for answer in answers if "tokens" in answer)
+        difference, same = self.compare({name: expected["obs/" + name] for name in self._inputs}, expected)
         if not (same and difference <= self.manifest["parity"]["tolerance"]):
             raise ValueError(
                 f"export {str(self.folder)!r} does not act here as it was recorded: actions differ by up to {difference:.3g}"
@@ -280,10 +290,15 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     names = " ".join(action.get("names") or ())
     lines.append(f"out      action {action['dtype']} {tuple(action['shape'])} {names}".rstrip())
     for who, result in manifest["success"].items():
-        if result and result.get("success_once") is not None:
-            rates = "{:.0%} [{:.0%}, {:.0%}]".format(result["success_once"], *result["ci95"])
-            lines.append(f"success  {who} {rates} of {result['n_episodes']} episodes")
+        if result and rate_text(result):
+            lines.append(f"success  {who} {rate_text(result)} of {result['n_episodes']} episodes")
     return "\n".join(lines)
+
+
+def rate_text(result: dict[str, Any]) -> str:
+    """``50% [25%, 75%]``; empty where success is not known."""
+    rate = result.get("success_once")
+    return "" if rate is None else "{:.0%} [{:.0%}, {:.0%}]".format(rate, *result["ci95"])
 
 
 def main(argv: Any = None) -> int:

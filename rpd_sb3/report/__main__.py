@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, parse_and_run, print_error
+from rpd_sb3.cli.common import RUN_ERROR, Interrupt, Parser, check_folder_of, parse_and_run, print_error
 
 
 def make_parser() -> Parser:
@@ -38,11 +38,9 @@ def check(args: Any) -> None:
     for flag, name, example in (("-o", args.output, "report.html"), ("--csv", args.csv, "numbers.csv")):
         if name is None:
             continue
-        path = Path(name)
-        if path.is_dir():
-            raise ValueError(f"{flag} {name} is a folder; name a file in it, e.g. {path / example}")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{flag} {name}: folder {str(path.parent)!r} does not exist; make it first")
+        if Path(name).is_dir():
+            raise ValueError(f"{flag} {name} is a folder; name a file in it, e.g. {Path(name) / example}")
+        check_folder_of(flag, name)
     if args.csv is not None and Path(args.csv).resolve() == Path(args.output).resolve():
         raise ValueError(f"--csv {args.csv} is also the page of -o; name another file")
 

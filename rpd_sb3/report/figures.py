@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from rpd_sb3.report.groups import MeanCurve
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ class Line(NamedTuple):
 
     curve: MeanCurve
     colour: int
-    seeds: Sequence[MeanCurve] = ()
-    """Each seed's own, drawn thin."""
+    seeds: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    """Each seed's own steps and values, drawn thin."""
     level: float | None = None
     """Of the teacher, dashed."""
 
@@ -72,21 +74,16 @@ def draw(name: str, describe: str, lines: Sequence[Line], y_label: str, scale: s
 
 
 def _add(axes: Axes, line: Line) -> None:
-    colour = _colour(line.colour)
+    colour = f"#0303{line.colour % COLOURS:02x}"  # var(--c<number>) when the page is made
     style = DASHES[line.colour // COLOURS % len(DASHES)]
     steps, mean, std = line.curve
     marker = "o" if len(steps) == 1 else None
     for seed in line.seeds if len(line.seeds) > 1 else ():
-        axes.plot(seed.steps, seed.mean, color=colour, linewidth=0.7, alpha=0.45, linestyle=style)
+        axes.plot(*seed, color=colour, linewidth=0.7, alpha=0.45, linestyle=style)
     axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     axes.plot(steps, mean, color=colour, linewidth=2, linestyle=style, marker=marker, markersize=4)
     if line.level is not None:
         axes.axhline(line.level, color=colour, linewidth=1.3, linestyle=(0, (5, 3)))
-
-
-def _colour(number: int) -> str:
-    """Stands for ``var(--c<number>)`` until the page is made."""
-    return f"#0303{number % COLOURS:02x}"
 
 
 def _for_page(svg: str, name: str, describe: str) -> str:

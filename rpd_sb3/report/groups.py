@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,17 +31,13 @@ class Group(NamedTuple):
     """By seed, at least one."""
 
     @property
-    def algo(self) -> str:
-        return self.records[0].algo
-
-    @property
     def has_success(self) -> bool:
         return all(record.evaluations.once is not None for record in self.records)
 
     @property
     def value(self) -> float:
         """Mean of the last evaluations: success at any step, or return where there is no success."""
-        return float(np.mean([_last(record) for record in self.records]))
+        return float(np.mean([record.value for record in self.records]))
 
     @property
     def teacher_name(self) -> str | None:
@@ -79,20 +75,12 @@ class Group(NamedTuple):
             return None
         return Rate(rate, *wilson_interval(round(rate * n), n), n)
 
-    def number(self, *path: str) -> float | None:
+    def number(self, key: str) -> float | None:
         """Mean over the runs of a number in ``result.json``.
 
-        :param path: keys from the outermost to the innermost
+        :param key: e.g. ``student_bytes``, or ``latency_ms.median`` of a nested one
         """
-        return mean(_dig(record.result, path) for record in self.records)
-
-    def curve(self, points: Callable[[Record], tuple[np.ndarray, np.ndarray] | None]) -> MeanCurve | None:
-        """Mean over those seeds that have the curve.
-
-        :param points: gives the steps (n,) and values (n,) of a run
-        """
-        found = [both for record in self.records if (both := points(record)) is not None and len(both[0])]
-        return mean_curve(found) if found else None
+        return mean(flatten(record.result).get(key) for record in self.records)
 
 
 def group_records(records: Iterable[Record]) -> dict[str, list[Group]]:
@@ -100,7 +88,7 @@ def group_records(records: Iterable[Record]) -> dict[str, list[Group]]:
     environments: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         key = json.dumps([record.algo, _without_seed(record.config)], sort_keys=True, default=str)
-        environments.setdefault(record.env, {}).setdefault(key, []).append(record)
+        environments.setdefault(record.run.args["env"], {}).setdefault(key, []).append(record)
     return {env: _labelled(list(groups.values())) for env, groups in environments.items()}
 
 
@@ -163,14 +151,3 @@ def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the seed of the teacher's noise."""
     teacher = {key: value for key, value in (config.get("teacher_kwargs") or {}).items() if key != "seed"}
     return dict(config) | ({"teacher_kwargs": teacher} if teacher or "teacher_kwargs" in config else {})
-
-
-def _last(record: Record) -> float:
-    rows = record.evaluations.once if record.evaluations.once is not None else record.evaluations.returns
-    return float(rows[-1].mean())
-
-
-def _dig(content: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content

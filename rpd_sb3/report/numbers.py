@@ -12,23 +12,20 @@ import numpy as np
 from rpd_sb3.report.groups import Group
 from rpd_sb3.report.records import Rate, Record
 
-COLUMNS = (
-    *("run", "algo", "env", "group", "seed", "complete", "timesteps", "n_episodes"),
-    *("success_once", "ci95_low", "ci95_high", "success_at_end", "mean_return", "std_return", "mean_length"),
-    *("teacher", "teacher_success_once", "teacher_success_at_end", "teacher_mean_return", "student_parameters"),
-)
-
 
 def to_csv(environments: Mapping[str, Sequence[Group]]) -> str:
     """One row for each run and evaluation; empty where a number is not known."""
+    rows = [
+        _row(group, record, i)
+        for groups in environments.values()
+        for group in groups
+        for record in group.records
+        for i in range(len(record.evaluations.timesteps))
+    ]
     file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
-    for groups in environments.values():
-        for group in groups:
-            for record in group.records:
-                for i in range(len(record.evaluations.timesteps)):
-                    writer.writerow(_row(group, record, i))
+    writer.writerows(rows)
     return file.getvalue()
 
 
@@ -37,9 +34,9 @@ def _row(group: Group, record: Record, i: int) -> dict[str, Any]:
     returns = evaluations.returns[i]
     rate = None if evaluations.once is None else Rate.of(evaluations.once[i])
     return {
-        "run": str(record.folder),
+        "run": str(record.run.folder),
         "algo": record.algo,
-        "env": record.env,
+        "env": record.run.args["env"],
         "group": group.label,
         "seed": record.seed,
         "complete": record.complete,

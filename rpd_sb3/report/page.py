@@ -6,15 +6,14 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import rpd_sb3
 from rpd_sb3.report import tables, words
 from rpd_sb3.report.figures import COLOURS, Line, draw
-from rpd_sb3.report.groups import Group, MeanCurve
-from rpd_sb3.report.records import TEACHER_VIDEO, VIDEO, Record
+from rpd_sb3.report.groups import Group, mean, mean_curve
+from rpd_sb3.report.records import TEACHER_VIDEO, VIDEO
 
 UPDATES = (
     ("train/entropy_loss", "entropy of the student", "nats", "linear"),
@@ -26,11 +25,6 @@ UPDATES = (
 )
 """Columns of ``progress.csv`` that are drawn where there are any: title, unit, scale. SB3 logs the entropy with a minus;
 the KL of the first updates can be a thousand times that of the others."""
-
-
-class Figure(NamedTuple):
-    title: str
-    svg: Markup
 
 
 class Videos(NamedTuple):
@@ -71,8 +65,7 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
     :param name: prefix of the ids in it
     """
     records = [record for group in groups for record in group.records]
-    taught = [group for group in groups if group.teacher_name is not None]
-    agreements = [(group, tables.agreement_table(group)) for group in taught]
+    agreements = [(group.label, tables.agreement_table(group)) for group in groups]
     return {
         "env": env,
         "groups": groups,
@@ -81,13 +74,15 @@ def section(name: str, env: str, groups: Sequence[Group]) -> dict[str, Any]:
         "curves": learning_curves(name, env, groups),
         "success": tables.success_table(groups),
         "costs": tables.cost_table(groups),
-        "agreements": [(group.label, table) for group, table in agreements if table is not None],
+        "agreements": [(label, table) for label, table in agreements if table is not None],
         "updates": update_curves(name, env, groups),
         "videos": [videos for group in groups if (videos := find_videos(group)) is not None],
         "differences": tables.difference_table(groups),
         "configs": [(group.label, tables.config_rows(group)) for group in groups],
-        "commands": [(record, "\n".join(record.commands)) for record in records if record.commands],
-        "runs": [(group.label, record, _outcome(group, record)) for group in groups for record in group.records],
+        "commands": [command for record in records for command in record.run.commands],
+        "runs": [
+            (group.label, record, words.value(group, record.value)) for group in groups for record in group.records
+        ],
     }
 
 
@@ -108,54 +103,50 @@ def remarks(groups: Sequence[Group]) -> list[str]:
         ),
         ([r for r in records if r.complete and r.video(VIDEO) is None], "No video of the student"),
     )
-    return [f"{text}: {', '.join(str(record.folder) for record in found)}." for found, text in kinds if found]
+    return [f"{text}: {', '.join(str(record.run.folder) for record in found)}." for found, text in kinds if found]
 
 
-def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
-    """Figures of success at any step and at the last one, or of the return where there is no success."""
+def learning_curves(name: str, env: str, groups: Sequence[Group]) -> list[tuple[str, Markup]]:
+    """Title and figure of success at any step and at the last one, or of the return where there is no success."""
+    kinds = [("returns", "mean_return", "return of an episode", "linear")]
     if all(group.has_success for group in groups):
         kinds = [
-            ("once", "success_once", "success at any step"),
-            ("at_end", "success_at_end", "success at the last step"),
+            ("once", "success_once", "success at any step", "share"),
+            ("at_end", "success_at_end", "success at the last step", "share"),
         ]
-    else:
-        kinds = [("returns", "mean_return", "return of an episode")]
-    scale = "share" if kinds[0][0] == "once" else "linear"
     figures = []
-    for field, key, title in kinds:
+    for field, key, title, scale in kinds:
         lines = []
         for colour, group in enumerate(groups):
-            curve = group.curve(lambda record, field=field: _evaluated(record, field))  # type: ignore[misc]
-            if curve is None:
-                continue
+            evaluations = [record.evaluations for record in group.records]
             seeds = [
-                MeanCurve(steps, y, y * 0)
-                for r in group.records
-                if (both := _evaluated(r, field))
-                for steps, y in [both]
+                (found.timesteps, rows.mean(axis=1))
+                for found in evaluations
+                if (rows := getattr(found, field)) is not None
             ]
-            level = tables.mean(record.teacher(key) for record in group.records)
-            lines.append(Line(curve, colour, seeds, level))
+            if seeds:
+                level = mean(record.teacher(key) for record in group.records)
+                lines.append(Line(mean_curve(seeds), colour, seeds, level))
         if lines:
             describe = f"{title} over environment steps on {env}: {', '.join(group.label for group in groups)}"
             svg = draw(f"{name}{field}", describe, lines, title.split()[0], scale)
-            figures.append(Figure(title.capitalize(), Markup(svg)))
+            figures.append((title.capitalize(), Markup(svg)))
     return figures
 
 
-def update_curves(name: str, env: str, groups: Sequence[Group]) -> list[Figure]:
-    """Figures of :data:`UPDATES`, as far as the runs have logged them."""
+def update_curves(name: str, env: str, groups: Sequence[Group]) -> list[tuple[str, Markup]]:
+    """Title and figure of :data:`UPDATES`, as far as the runs have logged them."""
     figures = []
     for number, (column, title, unit, scale) in enumerate(UPDATES):
         sign = -1.0 if column == "train/entropy_loss" else 1.0
         lines = []
         for colour, group in enumerate(groups):
-            curve = group.curve(lambda record, column=column: record.progress.get(column))  # type: ignore[misc]
-            if curve is not None:
-                lines.append(Line(MeanCurve(curve.steps, sign * curve.mean, curve.std), colour))
+            logged = [record.progress[column] for record in group.records if column in record.progress]
+            if logged:
+                lines.append(Line(mean_curve([(steps, sign * values) for steps, values in logged]), colour))
         if lines:
             svg = draw(f"{name}u{number}", f"{title} over environment steps on {env}", lines, unit, scale)
-            figures.append(Figure(title[0].upper() + title[1:], Markup(svg)))
+            figures.append((title[0].upper() + title[1:], Markup(svg)))
     return figures
 
 
@@ -163,23 +154,9 @@ def find_videos(group: Group) -> Videos | None:
     """The videos of the group's first run that has both, or else one."""
     best = max(group.records, key=lambda r: (r.video(VIDEO) is not None) + (r.video(TEACHER_VIDEO) is not None))
     student, teacher = (
-        None if path is None else _base64(path.read_bytes()) for path in map(best.video, (VIDEO, TEACHER_VIDEO))
+        None if path is None else base64.b64encode(path.read_bytes()).decode("ascii")
+        for path in map(best.video, (VIDEO, TEACHER_VIDEO))
     )
-    return (
-        Videos(f"{group.label}, seed {best.seed}", teacher, student, best.has_teacher) if student or teacher else None
-    )
-
-
-def _evaluated(record: Record, field: str) -> tuple[np.ndarray, np.ndarray] | None:
-    rows = getattr(record.evaluations, field)
-    return None if rows is None else (record.evaluations.timesteps, rows.mean(axis=1))
-
-
-def _outcome(group: Group, record: Record) -> str:
-    rows = record.evaluations.once if group.has_success else record.evaluations.returns
-    assert rows is not None
-    return words.value(group, float(rows[-1].mean()))
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+    if student is None and teacher is None:
+        return None
+    return Videos(f"{group.label}, seed {best.seed}", teacher, student, best.has_teacher)

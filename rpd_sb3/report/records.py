@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpd_sb3.contract.statistics import wilson_interval
-from rpd_sb3.train.folder import Evaluations, load_run, read_evaluations
+from rpd_sb3.train.folder import Evaluations, SavedRun, load_run, read_evaluations
 
 VIDEO = "video.mp4"
 TEACHER_VIDEO = "teacher_video.mp4"
@@ -36,27 +36,30 @@ class Rate(NamedTuple):
 class Record(NamedTuple):
     """One run."""
 
-    folder: Path
-    args: dict[str, Any]
-    config: dict[str, Any]
+    run: SavedRun
     result: dict[str, Any]
     """Empty while the run goes on, or if it was killed."""
     evaluations: Evaluations
     progress: dict[str, tuple[np.ndarray, np.ndarray]]
     """Column of ``progress.csv`` to steps and values, where there are any."""
-    commands: list[str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.run.config
 
     @property
     def algo(self) -> str:
-        return self.args["algo"]
-
-    @property
-    def env(self) -> str:
-        return self.args["env"]
+        return self.run.args["algo"]
 
     @property
     def seed(self) -> int:
-        return self.args.get("seed", 0)
+        return self.run.args.get("seed", 0)
+
+    @property
+    def value(self) -> float:
+        """Mean of the last evaluation: success at any step, or return where there is no success."""
+        rows = self.evaluations.returns if self.evaluations.once is None else self.evaluations.once
+        return float(rows[-1].mean())
 
     @property
     def complete(self) -> bool:
@@ -68,7 +71,7 @@ class Record(NamedTuple):
 
     def video(self, name: str) -> Path | None:
         """A video of the run, if it was filmed."""
-        path = self.folder / name
+        path = self.run.folder / name
         return path if path.is_file() and path.stat().st_size else None
 
     def teacher(self, key: str) -> Any:
@@ -86,29 +89,12 @@ def read_records(folders: Iterable[str]) -> list[Record]:
         path = Path(folder).resolve()
         if path in records:
             raise ValueError(f"run folder {folder!r} is named twice; name each run once")
-        records[path] = read_record(folder)
+        run = load_run(folder)
+        evaluations = read_evaluations(run.folder)
+        if evaluations is None:
+            raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
+        records[path] = Record(run, run.result, evaluations, _progress(run.folder / "progress.csv"))
     return list(records.values())
-
-
-def read_record(folder: str) -> Record:
-    """Read one run folder.
-
-    :raises ValueError: if it is not a run folder, holds no evaluation, or is damaged
-    """
-    run = load_run(folder)
-    path = run.folder
-    evaluations = read_evaluations(path)
-    if evaluations is None:
-        raise ValueError(f"run folder {folder!r} holds no evaluation yet (evaluations.npz); wait for its first one")
-    return Record(
-        path,
-        run.args,
-        run.config,
-        run.result,
-        evaluations,
-        _progress(path / "progress.csv"),
-        run.commands,
-    )
 
 
 def _progress(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

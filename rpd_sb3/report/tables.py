@@ -80,17 +80,17 @@ def cost_table(groups: Sequence[Group]) -> Table:
         return Cell(text, note=notes.index(why) + 1)
 
     rows: list[Row] = []
-    seen: set[str] = set()
     for colour, group in enumerate(groups):
-        slow = group.number("teacher_latency_ms", "median")
-        fast = group.number("latency_ms", "median")
-        name = group.teacher_name
-        if name is not None and name not in seen:
-            seen.add(name)
-            rows.append(Row(f"teacher {name}", _teacher_cells(group, slow, cell)))
+        slow = group.number("teacher_latency_ms.median")
+        fast = group.number("latency_ms.median")
+        name = f"teacher {group.teacher_name}"
+        if group.teacher_name is not None and name not in (row.name for row in rows):
+            rows.append(Row(name, _teacher_cells(group, slow, cell)))
         device = (group.records[0].result.get("latency_ms") or {}).get("device", "")
         speed_up = words.times(slow / fast) if slow and fast else DASH
-        unknown = "no teacher to compare with" if name is None else "one of the two latencies is not known"
+        unknown = (
+            "no teacher to compare with" if group.teacher_name is None else "one of the two latencies is not known"
+        )
         cells = [
             cell(words.value(group, group.value), ""),
             cell(words.count(group.number("student_parameters")), OLDER),
@@ -106,7 +106,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
 def _teacher_cells(group: Group, slow: float | None, cell: Any) -> list[Cell]:
     older = all("teacher_parameters" not in record.result for record in group.records)
     unknown = OLDER if older else "the teacher does not say; a scripted one has no weights, a remote one may not know"
-    batch = group.number("teacher_latency_ms", "batch")
+    batch = group.number("teacher_latency_ms.batch")
     return [
         cell(words.value(group, group.teacher_value), "the run has not evaluated its teacher"),
         cell(words.count(group.number("teacher_parameters")), unknown),
@@ -119,7 +119,6 @@ def _teacher_cells(group: Group, slow: float | None, cell: Any) -> list[Cell]:
 def agreement_table(group: Group) -> Table | None:
     """Per action dimension, mean over the seeds; None if no run has compared student and teacher."""
     found = [record.result["agreement"] for record in group.records if record.result.get("agreement")]
-    found = [one for one in found if len(one["bias"]) == len(found[0]["bias"])]
     if not found:
         return None
     names = words.dimension_names(found[0].get("control_mode"), len(found[0]["bias"]))

@@ -57,6 +57,20 @@ class SavedRun(NamedTuple):
     def best_model(self) -> Path:
         return self.folder / "best_model.zip"
 
+    def model_file(self, which: str) -> Path:
+        """The file of a model that is there.
+
+        :param which: ``best`` or ``last``
+        :raises ValueError: if there is none yet
+        """
+        path = self.best_model if which == "best" else self.last_model
+        if not path.is_file():
+            other = "last" if which == "best" else "best"
+            raise ValueError(
+                f"run {str(self.folder)!r} has no {path.name} yet; use --model {other}, or train it to the end"
+            )
+        return path
+
     @property
     def commands(self) -> list[str]:
         """The command lines that have trained it; none if it does not say."""

@@ -104,20 +104,15 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ("argv", "message"),
     [
         (["--out", "x.npz", "--teacher", "scripted"], "--env or --teacher is missing"),
-        (["--out", "x.npz", "--env", TINY], "--env or --teacher is missing"),
         (["--env", TINY, "--teacher", TEACHER], "--out is missing"),
         (command(Path("x.pkl")), "suffix must be one of"),
         (command(Path("nowhere/x.npz")), "folder 'nowhere' does not exist"),
         (command(Path("there.npz")), "add --overwrite"),
         (command(Path("folder.npz"), "--overwrite"), "folder.npz exists already"),
         (command(Path("x.npz"), "-n", "0"), "--n-episodes 0"),
-        (command(Path("x.npz"), "--n-envs", "0"), "--n-envs 0"),
-        (command(Path("x.npz"), "--fps", "0"), "--fps 0"),
         (command(Path("x.npz"), "--noise", "-1"), "--noise -1.0"),
-        (command(Path("x.npz"), "--only-succesful"), "unknown argument '--only-succesful'"),
         (command(Path("x.npz"), "--lerobot", "new"), "package lerobot"),
         (command(Path("x.npz"), "--env", "Tini-v0"), "env 'Tini-v0' is unknown"),
-        (command(Path("x.npz"), "--env-kwargs", "length"), "'length' is not of the form key:value"),
     ],
 )
 def test_mistake_is_told_before_any_work(

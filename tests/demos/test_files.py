@@ -236,11 +236,9 @@ def some_arrays(n: int = 4) -> dict[str, Any]:
     [
         ({"actions": np.array([{"x": 1}] * 4)}, "allow_pickle=False"),
         ({"rewards": np.zeros(3)}, r"shapes .*\(3,\)"),
-        ({"observations": np.zeros((5, 3))}, "shapes"),
         ({"actions": np.zeros(4)}, "shapes"),
         ({"actions": np.full((4, 2), np.nan)}, "actions must be finite"),
         ({"actions": np.zeros((4, 2), complex)}, "actions must be finite real"),
-        ({"observations": np.full((4, 3), np.inf)}, "observations must be finite"),
         ({"episode_starts": np.zeros(4, dtype=bool), "successes": np.zeros(0)}, "does not begin an episode"),
         ({"successes": np.ones(2, dtype=bool)}, "2 successes, but 1 episodes"),
         ({"metadata": "nonsense"}, "Expecting value"),

@@ -18,6 +18,7 @@ from rpd_sb3.teachers import LocalTeacher
 from tests.episodes.test_play import go_to_goal
 from tests.support.helpers import EchoTeacher
 from tests.support.tiny_env import TINY, TinyEnv
+from tests.support.train_helpers import student
 
 ACTIONS = TinyEnv().action_space
 
@@ -31,8 +32,13 @@ def evaluator(teacher: LocalTeacher | None, n_episodes: int = 3, n_envs: int = 2
     return Evaluator(TINY, env_kwargs, n_episodes=n_episodes, n_envs=n_envs, vec_env="dummy", teacher=teacher)
 
 
-def student(**env_kwargs: Any) -> PPO:
-    return PPO("MlpPolicy", make_env(TINY, **env_kwargs), seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
+def last_token() -> PPO:
+    """A student that always takes the last of 5 tokens, 0.75: their edges are -1, -0.5, 0, 0.5 and 1."""
+    model = student(tokens=5)
+    with th.no_grad():
+        model.policy.action_net.weight.zero_()
+        model.policy.action_net.bias.copy_(th.arange(5.0))
+    return model
 
 
 def test_statistics_of_known_actions() -> None:
@@ -92,13 +98,9 @@ def test_a_teacher_is_compared_as_it_would_act() -> None:
 
 
 def test_tokens_are_compared_as_the_actions_that_they_stand_for() -> None:
-    model = student(tokens=5)  # edges -1, -0.5, 0, 0.5, 1
-    with th.no_grad():
-        model.policy.action_net.weight.zero_()
-        model.policy.action_net.bias.copy_(th.arange(5.0))  # the last token: 0.75
     teacher = EchoTeacher(lambda query: np.full((len(query.env_ids), 1), 0.5, np.float32), space=ACTIONS)
     with closing(evaluator(teacher, tokens=5)) as evaluate:
-        result = measure_agreement(evaluate, model)
+        result = measure_agreement(evaluate, last_token())
     assert result is not None
     assert result["bias"] == [0.25]
 
@@ -106,12 +108,8 @@ def test_tokens_are_compared_as_the_actions_that_they_stand_for() -> None:
 def test_a_teacher_of_tokens_is_compared_as_well() -> None:
     space = spaces.MultiDiscrete([5])
     teacher = EchoTeacher(lambda query: np.zeros((len(query.env_ids), 1), np.int64), space=space)
-    model = student(tokens=5)
-    with th.no_grad():
-        model.policy.action_net.weight.zero_()
-        model.policy.action_net.bias.copy_(th.arange(5.0))
     with closing(evaluator(teacher, tokens=5)) as evaluate:
-        result = measure_agreement(evaluate, model)
+        result = measure_agreement(evaluate, last_token())
     assert result is not None
     assert result["bias"] == [1.5]
 

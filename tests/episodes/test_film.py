@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
 
 from rpd_sb3.envs import make_env
 from rpd_sb3.episodes.film import Film, RenderedEnv
@@ -15,12 +14,9 @@ from rpd_sb3.episodes.play import student_actor, teacher_actor
 from rpd_sb3.train.run import record_video
 from tests.support.helpers import EchoTeacher
 from tests.support.tiny_env import TINY, TinyEnv
+from tests.support.train_helpers import student
 
 ACTIONS = TinyEnv().action_space
-
-
-def student() -> PPO:
-    return PPO("MlpPolicy", TinyEnv(), seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
 
 
 def frames(path: Path) -> np.ndarray:

@@ -43,7 +43,6 @@ def test_evaluate_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a run, e.g. --run"),
         (["--run", "x", "--teacher", "scripted"], "a run, e.g. --run"),
         (["--run", "nix"], "run folder 'nix'"),
         (["--teacher", "scripted"], "--env is missing"),

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from stable_baselines3 import PPO
 
 from rpd_sb3.envs import make_env
 from rpd_sb3.export.observations import SEED, record_observations
-from tests.support.tiny_env import TINY, TinyEnv
-
-
-def student() -> PPO:
-    return PPO("MlpPolicy", TinyEnv(), seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
+from tests.support.tiny_env import TINY
+from tests.support.train_helpers import student
 
 
 def test_observations_are_those_of_seeded_episodes_that_the_policy_plays() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
 
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.report import __main__ as report
@@ -20,11 +19,9 @@ from rpd_sb3.report import tables, words
 from rpd_sb3.report.groups import Group, group_records, mean_curve
 from rpd_sb3.report.page import render
 from rpd_sb3.report.records import read_records
-from rpd_sb3.train import __main__ as train
 from tests.support.browser import PHONE, chromium, needs_browser
 from tests.support.report_helpers import AGREEMENT, K, make_run, result
-from tests.support.tiny_env import TINY, TinyEnv
-from tests.support.train_helpers import SMALL, sentence
+from tests.support.train_helpers import rpd, save_teacher, sentence, trained
 
 
 def read(*folders: str) -> dict[str, list[Group]]:
@@ -402,7 +399,6 @@ def damage(name: str, content: bytes) -> Any:
     [
         (lambda folder: (folder / "evaluations.npz").unlink(), "no evaluation yet"),
         (damage("evaluations.npz", b"PK"), "evaluations.npz"),
-        (lambda folder: np.savez(folder / "evaluations.npz", timesteps=[0]), "evaluations.npz"),
         (lambda folder: np.savez(folder / "evaluations.npz", timesteps=[0], results=[0], ep_lengths=[0]), "damaged"),
         (damage("result.json", b"{"), "result.json"),
         (damage("result.json", b"[]"), "result.json holds list"),
@@ -467,13 +463,9 @@ def test_letters_of_a_figure_are_legible_on_a_phone(tmp_path: Path) -> None:
 
 @needs_browser
 def test_a_real_run_plays_in_a_browser(tmp_path: Path) -> None:
-    teacher = tmp_path / "teacher.zip"
-    PPO("MlpPolicy", TinyEnv(), device="cpu", policy_kwargs={"net_arch": [8]}).save(teacher)
-    argv = ["--algo", "rpd_ppo", "--env", TINY, "--teacher", f"sb3:{teacher}", "-n", "32", "-f", str(tmp_path / "logs")]
-    quick = ["--n-envs", "2", "--vec-env", "dummy", "--eval-episodes", "2", *SMALL]
-    assert train.main([*argv, *quick]) == 0
-    run = str(tmp_path / "logs" / "rpd_ppo" / "tests.support.tiny_env-Tiny-v0_1")
-    content = page(run)
+    argv = rpd(tmp_path / "logs", save_teacher(tmp_path / "teacher.zip"), n=32)
+    argv.remove("--no-video")
+    content = page(str(trained(argv)))
     said = text(content)
     assert "67 268 B" in said
     assert "No video" not in said

@@ -14,8 +14,9 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 
+from rpd_sb3.envs import make_env
 from rpd_sb3.train import __main__ as train
-from tests.support.tiny_env import TINY, TinyEnv
+from tests.support.tiny_env import TINY
 
 SMALL = ["-params", "n_steps:16", "batch_size:16", "n_epochs:1", "policy_kwargs.net_arch:[8]"]
 QUICK = ["--n-envs", "2", "--vec-env", "dummy", "--eval-episodes", "3", "--eval-freq", "64", "--no-video"]
@@ -34,9 +35,14 @@ def rpd(logs: Path, teacher: Path | str, *more: str, n: int = 160) -> list[str]:
     return ["--algo", "rpd_ppo", "--teacher", name, *ppo(logs, *more, n=n)[2:]]
 
 
+def student(**env_kwargs: Any) -> PPO:
+    """An untrained policy of the tiny environment."""
+    return PPO("MlpPolicy", make_env(TINY, **env_kwargs), seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
+
+
 def save_teacher(path: Path) -> Path:
-    """An untrained policy of the tiny environment, to teach with."""
-    PPO("MlpPolicy", TinyEnv(), seed=0, device="cpu", policy_kwargs={"net_arch": [8]}).save(path)
+    """The same in a file, to teach with."""
+    student().save(path)
     return path
 
 
