@@ -134,7 +134,8 @@ class OpenVLATeacher(LocalTeacher):
         images = np.asarray(query.inputs[self._image])
         check_images(images, self._image)
         prompts = [self._prompts(str(text)) for text in query.inputs["instruction"]]
-        n, size = len(images), self._padded(len(images))
+        n = len(images)
+        size = next((size for size in self._sizes if size >= n), n)
         rows = np.arange(size) % n
         bos, text, real = batch_texts([prompts[row] for row in rows], self._device)
         pixels = self._pixels(images)
@@ -171,9 +172,6 @@ class OpenVLATeacher(LocalTeacher):
             samples = samples.view(len(ids), self._n_samples, self._n_actions)
         # OpenVLA's last id stands for the lowest action.
         return ids, logits[..., self._noise.first : self._last_id + 1].flip(-1), samples
-
-    def _padded(self, n: int) -> int:
-        return next((size for size in self._sizes if size >= n), n)
 
     def _prefix(self, actions: Any, rows: np.ndarray) -> th.Tensor | None:
         """Ids of the student's tokens; None if its actions are not tokens."""
