@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -454,10 +455,6 @@ def test_the_commands_of_the_page_exist(checkpoint: str) -> None:
 
 
 def test_the_service_serves_it(checkpoint: str) -> None:
-    with serving(lambda: make(checkpoint, horizon=2)) as service:
-        teacher = RemoteTeacher([service.url])
-        try:
-            answers = [teacher.submit(query([t, 2 * t], starts=t == 0)).result(10)["action"] for t in (0, 5)]
-        finally:
-            teacher.close()
+    with serving(lambda: make(checkpoint, horizon=2)) as service, closing(RemoteTeacher([service.url])) as teacher:
+        answers = [teacher.submit(query([t, 2 * t], starts=t == 0)).result(10)["action"] for t in (0, 5)]
     assert answers[1][:, [SEES, OLDEST, FRAMES]].tolist() == [[5, 0, 2], [10, 0, 2]]

@@ -62,11 +62,11 @@ def change(path: Path, **changes: Any) -> None:
     put(path, {key: value for key, value in content.items() if value is not None})
 
 
-def change_weights(folder: Path, function: Callable[[dict[str, Any]], None]) -> None:
-    weights = load_file(folder / WEIGHTS)
+def change_weights(folder: Path, function: Callable[[dict[str, Any]], object], name: str = WEIGHTS) -> None:
+    weights = load_file(folder / name)
     function(weights)
-    (folder / WEIGHTS).unlink()
-    save_file(weights, folder / WEIGHTS)
+    (folder / name).unlink()
+    save_file(weights, folder / name)
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -221,7 +221,6 @@ def test_one_of_several_datasets_has_to_be_chosen(folder: Path) -> None:
         stats([0.0], [1.0], mask=[True, False]),
         stats([], []),
         stats(["low"], [1.0]),  # type: ignore[list-item]
-        {"action": [0.0]},
         {"proprio": {}},
         [],
     ],
@@ -251,12 +250,9 @@ def truncate(folder: Path) -> None:
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (remove(CONFIG), "has no config.json: it is not a complete OpenVLA checkpoint"),
     (write(CONFIG, "{"), "config.json is not valid JSON"),
-    (write(CONFIG, b"\xff\xfe"), "config.json is not valid JSON"),
     (write(CONFIG, []), "config.json must hold a JSON object, but holds a list"),
     (config(model_type="llama"), "has model_type='llama'; an OpenVLA checkpoint has 'openvla'"),
     (config(arch_specifier=None), "has arch_specifier=None"),
-    (config(vision_backbone_id="siglip-224px"), "has vision_backbone_id='siglip-224px'"),
-    (config(image_resize_strategy="letterbox"), "has image_resize_strategy='letterbox'"),
     (config(text_config=None), "config.json has no text_config"),
     (config(norm_stats=None), "has no norm_stats in config.json and no dataset_statistics.json"),
     (config(norm_stats=["toy_kitchen"]), "the statistics of 'toy_kitchen' cannot be used"),
@@ -269,7 +265,6 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     ),
     (remove(WEIGHTS), "lacks model.safetensors, 1 of 1 files of weights"),
     (truncate, "is not a safetensors file, or an incomplete one .*: copy it again"),
-    (write(WEIGHTS, b"<html>404 Not Found</html>"), "is not a safetensors file"),
     (
         write(WEIGHTS, header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))),
         "has no complete vision tower vision_backbone.featurizer",
@@ -290,10 +285,7 @@ SHARD = "model-00002-of-00003.safetensors"
 
 
 def lose_a_tensor(folder: Path) -> None:
-    weights = load_file(folder / SHARD)
-    del weights[min(weights)]
-    (folder / SHARD).unlink()
-    save_file(weights, folder / SHARD)
+    change_weights(folder, lambda weights: weights.pop(min(weights)), SHARD)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +294,6 @@ def lose_a_tensor(folder: Path) -> None:
         (remove(SHARD), f"lacks {SHARD}, 1 of 3 files of weights"),
         (lose_a_tensor, f"{SHARD} lacks the tensor"),
         (write(INDEX, {"metadata": {}}), "index.json has no weight_map"),
-        (write(INDEX, {"weight_map": {}}), "index.json has no weight_map"),
         (write(INDEX, {"weight_map": {"a": 5}}), "index.json has no weight_map"),
     ],
 )
@@ -315,15 +306,7 @@ def test_broken_shards_are_refused(
         opened(folder)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vision_backbone.featurizer.blocks.1.attn.qkv.bias",
-        "language_model.lm_head.weight",
-        "projector.fc3.weight",
-        "vision_backbone.featurizer.blocks.1.ls1.scale_factor",
-    ],
-)
+@pytest.mark.parametrize("name", ["language_model.lm_head.weight", "vision_backbone.featurizer.blocks.1.attn.qkv.bias"])
 def test_a_missing_weight_is_named(folder: Path, name: str) -> None:
     change_weights(folder, lambda weights: weights.pop(name))
     with broken(f"tiny lacks 1 of 101 weights, e.g. {name}$"):

@@ -106,11 +106,6 @@ def test_instructions_arrive_as_text() -> None:
     assert seen[-1].inputs["instruction"].tolist() == words.tolist()
 
 
-def test_spec_comes_from_the_service() -> None:
-    with serving() as service, closing(make_teacher(service.url, "any")) as remote:
-        assert remote.spec == EchoTeacher().spec
-
-
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_images_arrive_however_they_are_sent(shared_memory: bool) -> None:
     with serving(ImageTeacher) as service, asking(service, shared_memory=shared_memory) as remote:
@@ -441,9 +436,12 @@ def test_replicas_that_serve_different_teachers_are_refused() -> None:
         RemoteTeacher([first.url, second.url])
 
 
-def test_spec_that_is_not_as_expected_is_refused() -> None:
-    with serving() as service, pytest.raises(TeacherError, match="has unnorm_key=None, but 'bridge' is expected"):
-        make_teacher(service.url, "any", expect={"unnorm_key": "bridge"})
+def test_spec_comes_from_the_service_and_is_refused_if_not_as_expected() -> None:
+    with serving() as service:
+        with closing(make_teacher(service.url, "any", expect={"name": "echo"})) as remote:
+            assert remote.spec == EchoTeacher().spec
+        with pytest.raises(TeacherError, match="has unnorm_key=None, but 'bridge' is expected"):
+            make_teacher(service.url, "any", expect={"unnorm_key": "bridge"})
 
 
 @pytest.mark.parametrize("give", ["argument", "environment"])
@@ -511,7 +509,5 @@ def service_regions(url: str) -> list[dict[str, object]]:
 
 
 def test_lone_client_does_not_wait_for_company() -> None:
-    with serving(max_wait=5.0) as service, asking(service) as remote:
-        start = time.monotonic()
+    with serving(max_wait=30.0) as service, asking(service) as remote:
         check(remote.submit(ask()).result(10))
-        assert time.monotonic() - start < 2.0
