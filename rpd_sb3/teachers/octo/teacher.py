@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from rpd_sb3.contract.names import check_counts
+from rpd_sb3.contract.names import check_choice, check_counts
 from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.octo.checkpoint import (
     ACTION_SIZE,
@@ -94,8 +94,7 @@ class OctoTeacher(LocalTeacher):
             raise ValueError(f"seed={seed} must be from 0 to {2**32 - 1}")
         if not 0 < std_floor < np.inf:
             raise ValueError(f"std_floor={std_floor} must be a positive number")
-        if gripper is not None and gripper not in GRIPPERS:
-            raise ValueError(f"gripper={gripper!r} must be one of {', '.join(GRIPPERS)}, or None if it is not known")
+        check_choice("OctoTeacher", "gripper", gripper, (*GRIPPERS, None))
         if wrist_camera == camera:
             raise ValueError(f"camera and wrist_camera are both {camera!r}: they must be two cameras")
         self._cameras = {PRIMARY: camera, **({WRIST: wrist_camera} if wrist_camera is not None else {})}

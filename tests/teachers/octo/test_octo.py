@@ -281,7 +281,7 @@ def test_other_instructions_are_refused(checkpoint: str, instruction: np.ndarray
         ({"std_floor": float("nan")}, "std_floor=nan must be"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"step": 3}, "has no step 3; it has 0, 5"),
-        ({"gripper": "open"}, "gripper='open' must be one of -1..1, 0..1"),
+        ({"gripper": "open"}, "gripper='open' is unknown; choose one of -1..1, 0..1"),
         ({"wrist_camera": "human"}, "are both 'human'"),
         ({"batch_sizes": []}, r"batch_sizes=\[\] must be a list"),
         ({"batch_sizes": [8, 0]}, r"batch_sizes=0 must be"),

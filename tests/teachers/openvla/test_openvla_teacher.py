@@ -229,7 +229,7 @@ def test_other_arrays_than_images_are_refused(teacher: OpenVLATeacher, wrong: np
         ({"gripper": "open"}, "gripper='open' is unknown; choose one of -1..1"),
         ({"rotation_sign": 2}, "rotation_sign=2 must be 1 or -1"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
-        ({"dtype": "int8"}, "dtype='int8' is unknown; choose auto, bf16"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; choose one of auto, bf16"),
         ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
         ({"resize": "bilinear"}, "resize='bilinear' is unknown; choose one of pil, tensor"),
     ],
