@@ -360,6 +360,8 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match="the package octo is missing: install what requirements/octo.txt lists"):
         OctoTeacher("hf://org/name")
+    (found,) = doctor.inspect_teacher("octo:hf://org/name")
+    assert (found.status, found.value) == (FAIL, "not installed here: octo")
 
 
 @pytest.mark.parametrize("files", [["__init__.py", "cli.py", "manager.py", "plugin.py"], []])
@@ -421,13 +423,6 @@ def test_the_doctor_looks_for_package_and_checkpoint(checkpoint: str, tmp_path: 
     assert [found.status for found in doctor.inspect_teacher(f"octo:{checkpoint}")] == [OK]
     assert [found.status for found in doctor.inspect_teacher("octo:hf://org/name")] == [OK]
     assert [found.status for found in doctor.inspect_teacher(f"octo:{tmp_path}")] == [FAIL]
-
-
-def test_the_doctor_misses_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_octo.forget_package(monkeypatch)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (found,) = doctor.inspect_teacher("octo:hf://org/name")
-    assert (found.status, found.value) == (FAIL, "not installed here: octo")
 
 
 # ---- what the documents show

@@ -362,14 +362,12 @@ def test_one_failed_row_gives_up_those_in_line(closing: ExitStack) -> None:
     ("answer", "message"),
     [
         ({"action": np.zeros((5, 7))}, "sent no array 'actions', only 'action', 'server_timing'"),
-        ({"actions": [1, 2]}, "sent no array 'actions'"),
         ({"actions": np.zeros((5, 1))}, r"actions of shape \(5, 1\) and float64, expected .* at least action_dim=2"),
         ({"actions": np.zeros(7)}, r"actions of shape \(7,\)"),
         ({"actions": np.zeros((2, 7), bool)}, "and bool"),
         ({"actions": np.zeros((1, 7))}, "plans 1 actions, fewer than exec_horizon=2; choose fewer"),
         (Raw(b"\xc1"), "sent what cannot be read: not MessagePack"),
         (Raw(server_pack([1])), "sent list, expected a map"),
-        (Raw(server_pack({"actions": np.array([["a"]])})), "arrays of dtype '<U1' are not read"),
         (Raw(bytes(2**26 + 1)), "a message is too big, its own may have 67108864 bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -382,18 +380,12 @@ def test_bad_answers_are_one_sentence(answer: Any, message: str, closing: ExitSt
     assert str(caught.value).startswith(f"openpi server at {teacher.url}")
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (Query({"images.a": np.zeros((1, 4, 4, 3))}, np.arange(1), np.ones(1, bool)), "must be uint8 of shape"),
-        (Query({"images.a": np.zeros((1, 3, 4, 4), np.uint8)}, np.arange(1), np.ones(1, bool)), r"\(1, 3, 4, 4\)"),
-    ],
-)
-def test_bad_questions_are_one_sentence(asked: Query, message: str, closing: ExitStack) -> None:
+@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((1, 3, 4, 4), np.uint8)])
+def test_bad_questions_are_one_sentence(images: np.ndarray, closing: ExitStack) -> None:
     _, teacher = connected(closing, inputs={"image": "images.a"}, max_pending=1)
     for _ in range(2):  # and take no room
-        with pytest.raises(TeacherError, match=message):
-            teacher.submit(asked).result(5)
+        with pytest.raises(TeacherError, match="must be uint8 of shape"):
+            teacher.submit(Query({"images.a": images}, np.arange(1), np.ones(1, bool))).result(5)
 
 
 def test_what_cannot_be_packed_is_an_error_and_the_thread_lives(closing: ExitStack) -> None:
@@ -553,6 +545,8 @@ def number(data: Any, dtype: str) -> bytes:
         (b"\x91" * 5000, "not MessagePack"),
         (b"\xa1\xff", "not MessagePack"),
         (array(dtype="|O"), r"arrays of dtype '\|O' are not read"),
+        (array(dtype="|V8"), "are not read"),
+        (array(dtype="<U2"), "are not read"),
         (array(dtype=[["a", "<f4"]]), "are not read"),
         (array(shape=(3,)), r"8 bytes for an array of float32 and shape \[3\]"),
         (array(shape=(-1, -2)), "must be at most"),
@@ -565,6 +559,7 @@ def number(data: Any, dtype: str) -> bytes:
         (array("text"), "str for an array"),
         (array(b"\x02", "|b1", (1,)), "a boolean must be 0 or 1"),
         (number(1000, "|u1"), "not MessagePack"),
+        (number(1, "|O"), "are not read"),
     ],
     ids=str,
 )

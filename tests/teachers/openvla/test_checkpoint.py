@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +92,25 @@ def test_shards_are_the_single_file(whole: Path, in_shards: Path) -> None:
     assert all(th.equal(one[name], three[name]) for name in one)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Where tensors that are read from files lie, by name."""
+    places: dict[str, int] = {}
+
+    @contextmanager
+    def opened(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        def get_tensor(name: str) -> th.Tensor:
+            tensor = file.get_tensor(name)
+            places[name] = tensor.data_ptr()
+            return tensor
+
+        with safetensors.safe_open(*args, **kwargs) as file:
+            yield SimpleNamespace(get_tensor=get_tensor)
+
+    monkeypatch.setattr(loading, "safe_open", opened)
+    return places
+
+
 UNUSED = [
     "vision_backbone.featurizer.blocks.3.",
     "vision_backbone.fused_featurizer.blocks.2.",
@@ -99,8 +120,7 @@ UNUSED = [
 ]
 
 
-def test_what_inference_never_uses_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Spy(monkeypatch).read
+def test_what_inference_never_uses_is_not_read(whole: Path, read: dict[str, int]) -> None:
     load(whole)
     unused = [name for name in opened(whole).tensors if name not in read]
     assert unused
@@ -119,34 +139,7 @@ def test_what_inference_never_uses_may_be_missing(whole: Path, folder: Path, pre
     assert all(th.equal(expected[name], actual[name]) for name in expected)
 
 
-class Spy:
-    """Remembers where tensors that are read from files lie."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read: dict[str, int] = {}
-        spy = self
-
-        class Opened:
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                self.file = safetensors.safe_open(*args, **kwargs)
-
-            def __enter__(self) -> Opened:
-                self.file.__enter__()
-                return self
-
-            def __exit__(self, *args: Any) -> None:
-                self.file.__exit__(*args)
-
-            def get_tensor(self, name: str) -> th.Tensor:
-                tensor = self.file.get_tensor(name)
-                spy.read[name] = tensor.data_ptr()
-                return tensor
-
-        monkeypatch.setattr(loading, "safe_open", Opened)
-
-
-def test_weights_of_the_wanted_dtype_are_not_copied(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Spy(monkeypatch).read
+def test_weights_of_the_wanted_dtype_are_not_copied(whole: Path, read: dict[str, int]) -> None:
     weights = dict(load(whole).named_parameters())
     assert weights
     assert all(weight.data_ptr() == read[name] for name, weight in weights.items())
@@ -321,9 +314,8 @@ def test_a_tower_without_what_tells_its_size_is_incomplete(folder: Path, name: s
 
 
 def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
-    change(
-        folder / CONFIG, text_config=json.loads((folder / CONFIG).read_text())["text_config"] | {"vocab_size": 32128}
-    )
+    config = json.loads((folder / CONFIG).read_text())
+    change(folder / CONFIG, text_config=config["text_config"] | {"vocab_size": 32128})
     with broken(r"has the shape \(32064, 64\), but config and other weights need \(32128, 64\)"):
         load(folder)
 

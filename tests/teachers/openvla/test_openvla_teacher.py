@@ -20,18 +20,13 @@ from rpd_sb3.teachers.openvla.images import Preprocessor, crop_center, resize_in
 from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 from rpd_sb3.wire.spec import spec_from_json, spec_to_json
-from tests.support.openvla_helpers import goldens, images, make_checkpoint, question, tokens_of
+from tests.support.openvla_helpers import goldens, images, question, tokens_of
 from tests.support.serving_helpers import serving
 
 FOUR = [(0, 0), (1, 2), (2, 1), (3, 0)]
 TWO = [(4, 1), (5, 2)]
 LOW = (-0.0312, -0.0405, -0.0248, -0.0811, -0.0953, -0.2144, -1.0)
 HIGH = (0.0295, 0.0417, 0.0389, 0.0842, 0.0764, 0.2071, 1.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("openvla"))
 
 
 def make(folder: Path, **kwargs: Any) -> OpenVLATeacher:
