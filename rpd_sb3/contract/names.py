@@ -73,3 +73,14 @@ def check_choice(owner: str, key: str, value: object, choices: Iterable[object])
     if value not in choices:
         hint = closest(value, names) if isinstance(value, str) else ""
         raise ValueError(f"{owner}: {key}={value!r} is unknown; choose one of {', '.join(names)}{hint}")
+
+
+def check_counts(**values: object) -> None:
+    """Check that these arguments are whole numbers of at least 1.
+
+    :param values: argument name to its value
+    :raises ValueError: naming the first that is not
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.teacher import Labels, Query, Teacher, TeacherError, TeacherSpec, TeacherUnavailable
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,7 @@ class RetryPolicy:
     """
 
     def __init__(self, owner: str, mode: str, timeout: float, patience: float) -> None:
-        if mode not in ON_FAILURE:
-            raise ValueError(f"{owner}: on_failure={mode!r} is unknown; choose one of {', '.join(ON_FAILURE)}")
+        check_choice(owner, "on_failure", mode, ON_FAILURE)
         for name, seconds in (("timeout", timeout), ("patience", patience)):
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise ValueError(f"{owner}: {name}={seconds!r} must be positive and finite: a number of seconds")
@@ -147,7 +147,6 @@ class PendingLabels:
         self._n = len(query.env_ids)
         self._labels: Labels | None = None
         self._error: TeacherError | None = None
-        self._skipped = False
         self._failed_at: float | None = None
         self._asked = time.monotonic()
         self._future = self._ask(query)
@@ -178,16 +177,15 @@ class PendingLabels:
 
         :raises TeacherError: if there is no usable answer in time, and it is not to be skipped
         """
-        if self._labels is None and self._error is None and not self._skipped:
+        skip = self._policy.mode == "skip"
+        if self._labels is None and self._error is None:
             try:
                 self._labels = self._adapt(check_labels(self._answer(), self._teacher.spec, self._n))
             except TeacherError as error:
-                if self._policy.mode == "skip":
+                self._error = error
+                if skip:
                     logger.warning("labels skipped: %s", error)
-                    self._skipped = True
-                else:
-                    self._error = error
-        if self._error is not None:
+        if self._error is not None and not skip:
             raise self._error
         return self._labels
 

@@ -39,11 +39,8 @@ def student_keys(space: spaces.Space) -> list[str] | None:
 
 def student_space(space: spaces.Space) -> spaces.Space:
     """The student's observation space."""
-    keys = student_keys(space)
-    if keys is None:
-        return space
-    assert isinstance(space, spaces.Dict)
-    return space[keys[0]] if len(keys) == 1 else spaces.Dict({key: space[key] for key in keys})
+    seen = student_view(space, student_keys(space))
+    return spaces.Dict(seen) if isinstance(seen, dict) else seen
 
 
 def student_view(obs: Any, keys: list[str] | None) -> Any:
@@ -74,12 +71,9 @@ def teacher_view(obs: Any, space: spaces.Space, names: tuple[str, ...]) -> dict[
     :param space: observation space of the environment
     :param names: inputs that the teacher wants; ``instruction`` is not part of the observation
     """
-    names = tuple(name for name in names if name != "instruction")
-    if _has_teacher_view(space):
-        return {name: np.array(obs[TEACHER_PREFIX + name]) for name in names}
-    if isinstance(space, spaces.Dict):
-        return {name: np.array(obs[name]) for name in names}
-    return {name: np.array(obs) for name in names}
+    prefix = TEACHER_PREFIX if _has_teacher_view(space) else ""
+    alone = not isinstance(space, spaces.Dict)
+    return {name: np.array(obs if alone else obs[prefix + name]) for name in names if name != "instruction"}
 
 
 def check_spec(spec: TeacherSpec, observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -139,11 +133,8 @@ def find_instructions(spec: TeacherSpec, venv: VecEnv, instruction: str | None) 
     :param instruction: for all of them; None: each environment's attribute ``instruction``
     :raises ValueError: if the teacher wants them, and an environment has none
     """
-    if "instruction" not in spec.inputs:
-        return None
-    if instruction is None and venv.has_attr("instruction"):
-        return check_instructions(spec, venv.get_attr("instruction"))
-    return check_instructions(spec, [instruction] * venv.num_envs)
+    from_envs = instruction is None and venv.has_attr("instruction")
+    return check_instructions(spec, venv.get_attr("instruction") if from_envs else [instruction] * venv.num_envs)
 
 
 def _same_actions(a: spaces.Space, b: spaces.Space) -> bool:

@@ -52,20 +52,16 @@ class SB3Teacher(LocalTeacher):
         super().__init__()
         self._model = model
         image = isinstance(space, spaces.Box) and len(space.shape) == 3
-        if isinstance(space, spaces.Dict):
-            inputs: tuple[str, ...] = tuple(space.spaces)
-        else:
-            inputs = (f"images.{camera}" if image else "state",)
-        self._single = None if isinstance(space, spaces.Dict) else inputs[0]
+        self._single = None if isinstance(space, spaces.Dict) else f"images.{camera}" if image else "state"
+        given = space.spaces if self._single is None else {self._single: space}
         sizes: Mapping[str, tuple[int, int]] = {}
         if image:
             height = 1 if is_image_space_channels_first(space) else 0
             sizes = {camera: (space.shape[height], space.shape[height + 1])}
-        given = space.spaces if isinstance(space, spaces.Dict) else {inputs[0]: space}
         self.spec = TeacherSpec(
             name,
             frozenset({"action"}),
-            inputs,
+            tuple(given),
             model.action_space,
             image_sizes=sizes,
             input_shapes={key: tuple(s.shape or ()) for key, s in given.items() if not key.startswith("images.")},

@@ -64,29 +64,30 @@ def by_evaluation(venv: VecEnv, obs: np.ndarray) -> np.ndarray:
     return teacher_actor(venv)(obs, np.ones(1, bool))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "act"), [(False, by_label), (False, by_evaluation), (True, by_logits), (True, by_evaluation)]
-)
-def test_a_label_is_one_action_in_training_and_evaluation(tokens: bool, act: Callable[..., np.ndarray]) -> None:
+def played(tokens: bool, act: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What the arm did in 20 steps, and what the teacher wanted."""
     venv, acted = arm(tokens)
     obs, states = venv.reset(), []
     for _ in range(20):
         states.append(np.array(obs[0]))
         obs, *_ = venv.step(act(venv, obs))
-    error = np.abs(np.array(acted) - wanted(np.array(states)))
-    assert (error <= (HALF_A_BIN if tokens else 1e-6)).all()
+    return np.array(acted), wanted(np.array(states))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "act"), [(False, by_label), (False, by_evaluation), (True, by_logits), (True, by_evaluation)]
+)
+def test_a_label_is_one_action_in_training_and_evaluation(tokens: bool, act: Callable[..., np.ndarray]) -> None:
+    acted, right = played(tokens, act)
+    assert (np.abs(acted - right) <= (HALF_A_BIN if tokens else 1e-6)).all()
 
 
 def test_tokens_within_reach_are_acted_to_the_last_digit() -> None:
     """Where nothing is clipped, evaluation and training with tokens do exactly what the label says."""
-    venv, acted = arm(True)
-    obs, states = venv.reset(), []
-    for _ in range(20):
-        states.append(np.array(obs[0]))
-        obs, *_ = venv.step(by_evaluation(venv, obs))
-    inside = np.abs(wanted(np.array(states))) < 1
+    acted, right = played(True, by_evaluation)
+    inside = np.abs(right) < 1
     assert inside.mean() > 0.5
-    np.testing.assert_allclose(np.array(acted)[inside], wanted(np.array(states))[inside], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(acted[inside], right[inside], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [True, False])

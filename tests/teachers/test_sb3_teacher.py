@@ -78,16 +78,3 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.zip").write_text("not a zip")
     with pytest.raises(ValueError, match="is not a zip file written by SB3's save"):
         make_teacher(f"sb3:{tmp_path / 'text.zip'}", "Pendulum-v1")
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "message"),
-    [
-        ("gato:/x", {}, "teacher 'gato:/x' is unknown; choose one of scripted, sb3:FILE"),
-        ("scripted", {"nose": 0.3}, "has no argument 'nose'.*did you mean 'noise'"),
-        ("sb3:", {}, "teacher 'sb3:' is unknown"),
-    ],
-)
-def test_unknown_teachers_and_arguments_are_refused(name: str, kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_teacher(name, "PickCube-v1", **kwargs)

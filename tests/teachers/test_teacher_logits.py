@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from rpd_sb3.contract.bins import centres, to_actions, to_tokens
-from rpd_sb3.contract.privileged import SIZE, field_slices
 from rpd_sb3.teachers import Query
 from rpd_sb3.teachers.scripted.experts import EXPERTS
 from rpd_sb3.teachers.scripted.mixture import bin_log_probs, conditional_logits, fit_gaussian
 from rpd_sb3.teachers.scripted.teacher import ScriptedTeacher
+from tests.support.privileged_states import SLICES, random_states
 
 N_BINS = 256
 
@@ -73,15 +73,6 @@ def test_conditionals_are_those_of_the_enumerated_joint(n_modes: int, n_tokens: 
             np.testing.assert_allclose(np.exp(logits[:, k]), expected, rtol=1e-5)
 
 
-def test_conditionals_of_an_action_multiply_to_its_probability() -> None:
-    log_probs = random_modes(2, 2)
-    joint = joint_of(log_probs)
-    for action in product(range(3), repeat=2):
-        logits = conditional_logits(log_probs, np.tile(action, (5, 1)))
-        chain = sum(logits[:, k, a] for k, a in enumerate(action))
-        np.testing.assert_allclose(np.exp(chain), joint[(slice(None), *action)], rtol=1e-5)
-
-
 def test_each_row_is_conditioned_on_its_own_prefix() -> None:
     log_probs, prefix = random_modes(2, 3), np.random.default_rng(1).integers(3, size=(5, 3))
     together = conditional_logits(log_probs, prefix)
@@ -115,38 +106,21 @@ def test_fitted_gaussian_has_the_sample_mean_and_std_but_no_less_than_the_floor(
     assert mean.dtype == std.dtype == np.float32
 
 
-def test_fitted_gaussian_is_numpys_of_each_query_and_dimension() -> None:
-    samples = np.random.default_rng(0).normal(size=(6, 4, 7))
-    mean, std = fit_gaussian(samples, std_floor=1e-9)
-    np.testing.assert_allclose(mean, np.mean(samples, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(std, np.std(samples, axis=0, ddof=1), rtol=1e-6)
-
-
 # ---- the scripted teacher
-
-
-def random_states(n: int) -> np.ndarray:
-    """Anything that fits on the table, hand and things turned any way."""
-    rng = np.random.default_rng(0)
-    states = rng.normal(0.0, 0.2, (n, SIZE))
-    for name, where in field_slices().items():
-        if name.endswith("pose"):
-            states[:, where][:, 3:] /= np.linalg.norm(states[:, where][:, 3:], axis=-1, keepdims=True)
-    return states.astype(np.float32)
 
 
 def far_states(n: int) -> np.ndarray:
     """The hand 0.2 m above and 0.3 m beside the object: far enough for the whole detour."""
-    states, where = random_states(n), field_slices()
-    states[:, where["object_pose"]][:, :3] = [0.6, 0.0, 0.02]
-    states[:, where["tcp_pose"]][:, :3] = [0.3, 0.0, 0.22]
+    states = random_states(n)
+    states[:, SLICES["object_pose"]][:, :3] = [0.6, 0.0, 0.02]
+    states[:, SLICES["tcp_pose"]][:, :3] = [0.3, 0.0, 0.22]
     return states
 
 
 def near_states(n: int) -> np.ndarray:
     """The hand right above the object."""
-    states, where = far_states(n), field_slices()
-    states[:, where["tcp_pose"]][:, :2] = [0.6, 0.0]
+    states = far_states(n)
+    states[:, SLICES["tcp_pose"]][:, :2] = [0.6, 0.0]
     return states
 
 
@@ -292,24 +266,3 @@ def test_samples_follow_from_the_seed() -> None:
     for name in ("action", "std"):
         np.testing.assert_array_equal(same[name], again[name])
         assert not np.array_equal(same[name], other[name])
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"n_bins": 1}, "^n_bins=1 must be at least 2$"),
-        ({"n_bins": 0}, "^n_bins=0 must be at least 2$"),
-        ({"std": 0.0}, "^std=0.0 and std_floor=0.02 must be positive, detour=0.0 a finite number$"),
-        ({"std": float("inf")}, "^std=inf and std_floor=0.02 must be positive"),
-        ({"std": float("nan")}, "^std=nan and std_floor=0.02 must be positive"),
-        ({"std_floor": 0.0}, "std_floor=0.0 must be positive"),
-        ({"std_floor": -1.0}, "std_floor=-1.0 must be positive"),
-        ({"detour": float("nan")}, "detour=nan a finite number$"),
-        ({"detour": float("inf")}, "detour=inf a finite number$"),
-        ({"n_samples": 1}, "^n_samples=1 must be 0, or at least 2: one sample has no std$"),
-        ({"n_samples": -2}, "^n_samples=-2 must be 0, or at least 2"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(**kwargs)

@@ -6,11 +6,10 @@ them is executed.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 COMMIT = "241fb3514b7c40957a86d869fecb7c7fc353f540"
 """Of the repository octo-models/octo, which this teacher is written for."""
@@ -19,23 +18,15 @@ FOREIGN = ("manager.py", "plugin.py")
 """Files of the plugin framework that the robot model does not have."""
 
 
-class Clash(NamedTuple):
-    """A version that is known not to work."""
-
-    says: str
-    """Part of the error's message."""
-    pin: str
-    """The version to install instead."""
-
-
-CLASHES = (
-    Clash("scipy.linalg", "scipy==1.11.4 (JAX 0.4.20 does not work with 1.15)"),
-    Clash("jaxlib version", "jaxlib==0.4.20, the same version as jax"),
-    Clash("FlaxAutoModel", "transformers==4.36.2 (5 has no Flax)"),
-    Clash("FlaxT5EncoderModel", "transformers==4.36.2 (5 has no Flax)"),
-    Clash("KeyArray", "jax==0.4.20 and jaxlib==0.4.20"),
-    Clash("define_bool_state", "jax==0.4.20 and jaxlib==0.4.20 (flax 0.7.5 does not know 0.4.25)"),
-)
+CLASHES = {
+    "scipy.linalg": "scipy==1.11.4 (JAX 0.4.20 does not work with 1.15)",
+    "jaxlib version": "jaxlib==0.4.20, the same version as jax",
+    "FlaxAutoModel": "transformers==4.36.2 (5 has no Flax)",
+    "FlaxT5EncoderModel": "transformers==4.36.2 (5 has no Flax)",
+    "KeyArray": "jax==0.4.20 and jaxlib==0.4.20",
+    "define_bool_state": "jax==0.4.20 and jaxlib==0.4.20 (flax 0.7.5 does not know 0.4.25)",
+}
+"""Part of an error's message to the version to install instead of one that is known not to work."""
 
 
 def check_package() -> None:
@@ -90,9 +81,9 @@ def explained(error: BaseException) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
     for one in causes:
-        clash = next((clash for clash in CLASHES if clash.says in str(one)), None)
-        if clash is not None:
-            return f"octo does not work with a version that is installed ({first_line(one)}): install {clash.pin}"
+        for says, pin in CLASHES.items():
+            if says in str(one):
+                return f"octo does not work with a version that is installed ({first_line(one)}): install {pin}"
     missing = next((one.name for one in causes if isinstance(one, ModuleNotFoundError) and one.name), None)
     if missing is not None:
         return f"octo needs the module {missing}, which is missing: {INSTALL}"

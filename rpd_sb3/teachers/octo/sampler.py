@@ -75,7 +75,7 @@ class Sampler:
             m = min(largest, len(mask) - at)
             padded = next(size for size in self._batch_sizes if size >= m)
             rows = at + np.minimum(np.arange(padded), m - 1)
-            batch = jax.tree_util.tree_map(functools.partial(_take, rows=rows), inputs)
+            batch = jax.tree_util.tree_map(functools.partial(np.take, indices=rows, axis=0), inputs)
             parts.append(np.asarray(self._sample(self._model, self._base, *batch))[:m])
         return np.concatenate(parts)
 
@@ -132,7 +132,3 @@ def _tokens(model: Any, instruction: str) -> Tree:
         language = {key: np.asarray(value) for key, value in language.items()}
     kept = {key: value for key, value in tasks.items() if not key.startswith("image_")}
     return {**kept, "language_instruction": language}
-
-
-def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return array[rows]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from rpd_sb3.contract.names import check_choice, check_counts
 from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.octo.checkpoint import (
     ACTION_SIZE,
@@ -80,18 +81,20 @@ class OctoTeacher(LocalTeacher):
         warm_up: bool = True,
     ) -> None:
         super().__init__()
-        _check_at_least_1(n_samples=n_samples, horizon=horizon, exec_horizon=exec_horizon)
-        _check_path_and_step(path, step)
+        check_counts(n_samples=n_samples, horizon=horizon, exec_horizon=exec_horizon)
+        if path in ("", HUB):
+            raise ValueError(f"path={path!r} must be the folder of a checkpoint, or {HUB}org/name")
+        if step is not None and path.startswith(HUB):
+            raise ValueError(f"step={step} cannot be chosen for a checkpoint on the hub: {path!r} is its latest step")
         if not (isinstance(batch_sizes, (list, tuple)) and batch_sizes):
             raise ValueError(f"batch_sizes={batch_sizes!r} must be a list of whole numbers")
         for size in batch_sizes:
-            _check_at_least_1(batch_sizes=size)
+            check_counts(batch_sizes=size)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} must be from 0 to {2**32 - 1}")
         if not 0 < std_floor < np.inf:
             raise ValueError(f"std_floor={std_floor} must be a positive number")
-        if gripper is not None and gripper not in GRIPPERS:
-            raise ValueError(f"gripper={gripper!r} must be one of {', '.join(GRIPPERS)}, or None if it is not known")
+        check_choice("OctoTeacher", "gripper", gripper, (*GRIPPERS, None))
         if wrist_camera == camera:
             raise ValueError(f"camera and wrist_camera are both {camera!r}: they must be two cameras")
         self._cameras = {PRIMARY: camera, **({WRIST: wrist_camera} if wrist_camera is not None else {})}
@@ -138,14 +141,11 @@ class OctoTeacher(LocalTeacher):
         ]
         known = [self._memory.plan(*row) for row in zip(env_ids, starts, instructions)]
         asked = [i for i, plan in enumerate(known) if plan is None]
-        fresh = iter(
-            self._ask([histories[i] for i in asked], [instructions[i] for i in asked], [env_ids[i] for i in asked])
-            if asked
-            else []
-        )
+        rows = ([histories[i] for i in asked], [instructions[i] for i in asked], [env_ids[i] for i in asked])
+        fresh = iter(self._ask(*rows) if asked else [])
         plans = [next(fresh) if plan is None else plan for plan in known]
         # Only now, so that a query that fails changes nothing.
-        self._memory.count([env_ids[i] for i in asked])
+        self._memory.count(rows[2])
         for env, history, plan in zip(env_ids, histories, plans):
             self._memory.keep(env, history, plan.rest())
         labels = {"action": np.stack([plan.actions[0] for plan in plans])}
@@ -200,16 +200,3 @@ class OctoTeacher(LocalTeacher):
             raise ValueError(
                 f"n_samples={n_samples} must be 1: the head of octo's checkpoint {path!r} is deterministic"
             )
-
-
-def _check_at_least_1(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
-
-
-def _check_path_and_step(path: str, step: int | None) -> None:
-    if path in ("", HUB):
-        raise ValueError(f"path={path!r} must be the folder of a checkpoint, or {HUB}org/name")
-    if step is not None and path.startswith(HUB):
-        raise ValueError(f"step={step} cannot be chosen for a checkpoint on the hub: {path!r} is its latest step")

@@ -44,24 +44,25 @@ class Connection:
         self._metadata: Mapping[str, Any] = {}
         self._ended = False
 
-    def metadata(self, timeout: float) -> Mapping[str, Any]:
-        """What the server says about itself; connects if need be.
-
-        :param timeout: seconds
-        :raises TeacherError: as :meth:`ask`
-        """
-        self._within(timeout, None)
-        return self._metadata
-
-    def ask(self, message: bytes, timeout: float) -> Mapping[str, Any]:
+    def ask(self, message: bytes | None, timeout: float) -> Mapping[str, Any]:
         """The answer to one observation.
 
-        :param message: the observation, packed
+        :param message: the observation, packed; None: what the server says about itself
         :param timeout: seconds for all of it, connecting included
         :raises TeacherUnavailable: if there is no answer in time, or no connection
         :raises TeacherError: if the server failed, wants another API key, or is not an openpi server
         """
-        return self._within(timeout, message)
+        deadline = time.monotonic() + timeout
+        try:
+            if self._ended:
+                raise TeacherError("the teacher is closed")
+            websocket = self._open(deadline) if self._websocket is None else self._websocket
+            return self._metadata if message is None else self._exchange(websocket, message, deadline)
+        except (OSError, WebSocketException, ProtocolError, TeacherError) as error:
+            self.close()  # a late answer would be taken for the next one
+            if self._ended:
+                raise TeacherError("the teacher is closed") from error
+            raise self._explain(error, timeout) from error
 
     def end(self) -> None:
         """Close the connection, and never open it again. Another thread may be asking: it fails at once."""
@@ -77,19 +78,6 @@ class Connection:
             self._socket.close()
         self._websocket = None
         self._socket = None
-
-    def _within(self, timeout: float, message: bytes | None) -> Mapping[str, Any]:
-        deadline = time.monotonic() + timeout
-        try:
-            if self._ended:
-                raise TeacherError("the teacher is closed")
-            websocket = self._open(deadline) if self._websocket is None else self._websocket
-            return self._metadata if message is None else self._exchange(websocket, message, deadline)
-        except (OSError, WebSocketException, ProtocolError, TeacherError) as error:
-            self.close()  # a late answer would be taken for the next one
-            if self._ended:
-                raise TeacherError("the teacher is closed") from error
-            raise self._explain(error, timeout) from error
 
     def _open(self, deadline: float) -> ClientConnection:
         # Our own socket, so that end() can shut it while the library still waits for the server's greeting.

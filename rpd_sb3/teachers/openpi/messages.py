@@ -18,12 +18,9 @@ from rpd_sb3.wire.tensors import MAX_DIMS, ProtocolError
 
 DTYPES = {
     order + kind: np.dtype(order + kind)
-    for order, kinds in (
-        ("|", ("b1", "i1", "u1")),
-        ("<", ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")),
-        (">", ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")),
-    )
-    for kind in kinds
+    for orders, kinds in (("|", "b1 i1 u1"), ("<>", "i2 i4 i8 u2 u4 u8 f2 f4 f8"))
+    for order in orders
+    for kind in kinds.split()
 }
 """``dtype.str`` to dtype: what may be read. NumPy never parses what a server has written."""
 

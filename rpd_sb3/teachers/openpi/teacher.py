@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
+from rpd_sb3.contract.names import check_counts
 from rpd_sb3.contract.teacher import TIMEOUT, Labels, Query, TeacherError, TeacherSpec, TeacherUnavailable
 from rpd_sb3.teachers.openpi.chunks import ChunkMemory, Step, gather
 from rpd_sb3.teachers.openpi.connection import Connection
@@ -86,12 +87,14 @@ class OpenPITeacher:
     ) -> None:
         self.url = openpi_url(url)
         self._inputs = _check_inputs(INPUTS if inputs is None else inputs)
-        _check_count("action_dim", action_dim)
-        _check_count("exec_horizon", exec_horizon)
-        _check_count("n_connections", n_connections)
-        _check_count("max_pending", max_pending)
-        if image_size is not None:
-            _check_count("image_size", image_size)
+        sizes = {} if image_size is None else {"image_size": image_size}
+        check_counts(
+            action_dim=action_dim,
+            exec_horizon=exec_horizon,
+            n_connections=n_connections,
+            max_pending=max_pending,
+            **sizes,
+        )
         if not isinstance(timeout, (int, float)) or timeout <= 0:
             raise ValueError(f"timeout={timeout!r} must be a positive number of seconds")
         api_key = api_key or os.environ.get(OPENPI_API_KEY)
@@ -175,7 +178,7 @@ class OpenPITeacher:
         end, waiting = time.monotonic() + patience, False
         while True:
             try:
-                return self._connections[0].metadata(max(min(self._timeout, end - time.monotonic()), 0.01))
+                return self._connections[0].ask(None, max(min(self._timeout, end - time.monotonic()), 0.01))
             except TeacherUnavailable as error:
                 if time.monotonic() + PAUSE > end:
                     hint = "start one with openpi's scripts/serve_policy.py"
@@ -256,8 +259,3 @@ def _check_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
                 f"inputs: {key!r}: {name!r} is unknown; choose images.<camera>, state, privileged or instruction"
             )
     return dict(inputs)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

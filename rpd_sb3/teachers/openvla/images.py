@@ -13,8 +13,9 @@ import torch as th
 from PIL import Image
 from torch.nn import functional as F
 
+from rpd_sb3.contract.names import check_choice
+
 SIDE = 224
-RESIZES = ("pil", "tensor")
 CROP_AREA = 0.9
 
 
@@ -39,8 +40,7 @@ class Preprocessor:
         resize: str = "pil",
         center_crop: bool = False,
     ) -> None:
-        if resize not in RESIZES:
-            raise ValueError(f"resize={resize!r} is unknown; choose one of {', '.join(RESIZES)}")
+        check_choice("OpenVLATeacher", "resize", resize, ("pil", "tensor"))
         self.device = device
         self.dtype = dtype
         self.center_crop = center_crop

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from rpd_sb3.contract.bins import Bounds, to_actions
 from rpd_sb3.contract.device import check_device
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.teacher import GRIPPERS, Labels, LocalTeacher, Query, TeacherError, TeacherSpec
 from rpd_sb3.teachers.openvla.checkpoint import open_checkpoint
 from rpd_sb3.teachers.openvla.graphs import GraphRunner, Tensors
@@ -79,14 +80,15 @@ class OpenVLATeacher(LocalTeacher):
             raise ValueError(f"n_samples={n_samples} must be 0, or at least 2: one sample has no std")
         if not (0 < temperature < np.inf and 0 < std_floor < np.inf):
             raise ValueError(f"temperature={temperature} and std_floor={std_floor} must be positive")
-        if gripper not in GRIPPERS:
-            raise ValueError(f"gripper={gripper!r} is unknown; choose one of {', '.join(GRIPPERS)}")
+        check_choice("OpenVLATeacher", "gripper", gripper, GRIPPERS)
+        check_choice("OpenVLATeacher", "dtype", dtype, ("auto", *DTYPES))
         if rotation_sign not in (-1, 1):
             raise ValueError(f"rotation_sign={rotation_sign} must be 1 or -1")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
         self._device = th.device(check_device(device))
-        weights_dtype = find_dtype(dtype, self._device)
+        on_gpu = self._device.type == "cuda"
+        weights_dtype = DTYPES[("bf16" if on_gpu else "fp32") if dtype == "auto" else dtype]
         checkpoint = open_checkpoint(path)
         statistics = checkpoint.statistics(unnorm_key)
         self._bounds = Bounds(np.array(statistics.low), np.array(statistics.high))
@@ -100,7 +102,6 @@ class OpenVLATeacher(LocalTeacher):
         self._std_floor = std_floor
         generator = th.Generator(self._device).manual_seed(seed)
         self._noise = Noise(self._last_id + 1 - self._n_bins, self._last_id, temperature, generator)
-        on_gpu = self._device.type == "cuda"
         self._run = GraphRunner(self._answer, (generator,)) if on_gpu and cuda_graphs else self._answer
         self._sizes = BATCH_SIZES if on_gpu and cuda_graphs else ()
         self._image = f"images.{camera}"
@@ -134,7 +135,8 @@ class OpenVLATeacher(LocalTeacher):
         images = np.asarray(query.inputs[self._image])
         check_images(images, self._image)
         prompts = [self._prompts(str(text)) for text in query.inputs["instruction"]]
-        n, size = len(images), self._padded(len(images))
+        n = len(images)
+        size = next((size for size in self._sizes if size >= n), n)
         rows = np.arange(size) % n
         bos, text, real = batch_texts([prompts[row] for row in rows], self._device)
         pixels = self._pixels(images)
@@ -172,9 +174,6 @@ class OpenVLATeacher(LocalTeacher):
         # OpenVLA's last id stands for the lowest action.
         return ids, logits[..., self._noise.first : self._last_id + 1].flip(-1), samples
 
-    def _padded(self, n: int) -> int:
-        return next((size for size in self._sizes if size >= n), n)
-
     def _prefix(self, actions: Any, rows: np.ndarray) -> th.Tensor | None:
         """Ids of the student's tokens; None if its actions are not tokens."""
         if actions is None or np.asarray(actions).dtype.kind not in "iu":
@@ -191,17 +190,3 @@ class OpenVLATeacher(LocalTeacher):
         """Unnormalized actions of token ids; other ids than those of actions stand for the nearer end, as in upstream's code."""
         tokens = np.clip(self._last_id - ids.cpu().numpy(), 0, self._n_bins - 1)
         return to_actions(tokens, self._n_bins, self._bounds)
-
-
-def find_dtype(name: str, device: th.device) -> th.dtype:
-    """The dtype of the weights.
-
-    :param name: a key of :data:`~rpd_sb3.teachers.openvla.loading.DTYPES`, or ``auto``: bf16 on a GPU, fp32 on a CPU
-    :param device: of the weights
-    :raises ValueError: for an unknown name
-    """
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is unknown; choose auto, {', '.join(DTYPES)}")
-    return DTYPES[name]

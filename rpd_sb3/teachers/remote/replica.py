@@ -17,15 +17,7 @@ import numpy as np
 
 from rpd_sb3.contract.teacher import Labels, TeacherError, TeacherUnavailable
 from rpd_sb3.teachers.remote.http import PATIENCE, Connection, error_of, refusal
-from rpd_sb3.wire.messages import (
-    HEADER_LENGTH,
-    Message,
-    SharedTensor,
-    build,
-    describe_shared,
-    parse,
-    read_tensors,
-)
+from rpd_sb3.wire.messages import HEADER_LENGTH, Message, SharedTensor, build, describe_shared, parse, read_tensors
 from rpd_sb3.wire.shared_memory import Ring, SharedMemoryError, Slot, query_size, unlink
 from rpd_sb3.wire.tensors import ProtocolError
 

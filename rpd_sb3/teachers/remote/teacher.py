@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rpd_sb3.contract.names import check_counts
 from rpd_sb3.contract.teacher import TIMEOUT, Labels, Query, TeacherError
 from rpd_sb3.teachers.remote.http import check_expected, handshake
 from rpd_sb3.teachers.remote.replica import Piece, Replica
@@ -175,13 +176,14 @@ def _arrays(query: Query) -> dict[str, np.ndarray]:
 
 def _gather(whole: Future[Labels], parts: Sequence[tuple[np.ndarray, Piece]]) -> None:
     """Resolve ``whole`` when all parts are answered, rows in the order of the query."""
-    left = [len(parts)]
+    left = len(parts)
     lock = threading.Lock()
 
     def arrived(_: Future[Labels]) -> None:
+        nonlocal left
         with lock:
-            left[0] -= 1
-            if left[0]:
+            left -= 1
+            if left:
                 return
         failures = [error for _, piece in parts if (error := piece.answer.exception()) is not None]
         if failures:
@@ -216,5 +218,4 @@ def _check_arguments(urls: Sequence[str], timeout: float, max_pending: int) -> N
         raise ValueError(f"teacher {','.join(urls)!r} names the same replica twice")
     if not isinstance(timeout, (int, float)) or timeout <= 0:
         raise ValueError(f"timeout={timeout!r} must be a positive number of seconds")
-    if not isinstance(max_pending, int) or max_pending < 1:
-        raise ValueError(f"max_pending={max_pending!r} must be a whole number of at least 1")
+    check_counts(max_pending=max_pending)

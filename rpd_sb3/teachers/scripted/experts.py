@@ -49,7 +49,7 @@ def pick_cube(state: State) -> np.ndarray:
     The hand keeps its heading and the fingers turn the cube: a yaw to follow, which jumps by 90 degrees with the cube's
     symmetry, is the hardest part for a small student to regress (measured: it made up three quarters of the error).
     """
-    pick = grasp(state, state.object, np.broadcast_to([1.0, 0.0, 0.0], state.object.shape), CUBE + 0.005, period=np.pi)
+    pick = grasp(state, state.object, np.broadcast_to([1.0, 0.0, 0.0], state.object.shape), CUBE + 0.005)
     return act(state, blend(pick.held, state.goal - state.object, pick.way), pick.turn, pick.gripper)
 
 
@@ -68,7 +68,7 @@ def stack_cube(state: State) -> np.ndarray:
     # As in pick_cube the hand keeps its heading. But beside a close neighbour the fingers only fit at right angles to the
     # line between the cubes.
     along = blend(ramp(aside, 0.09, 0.08), flat(course), np.broadcast_to([1.0, 0.0, 0.0], course.shape))
-    pick = grasp(state, state.object, along, CUBE + 0.005, period=np.pi)
+    pick = grasp(state, state.object, along, CUBE + 0.005)
     may_travel = ramp(course[:, 2], 0.0, -0.02)  # once above the green cube
     carry = flat(course) * may_travel[:, None] + upwards(course[:, 2] + 0.06 * ramp(aside, 0.01, 0.05))
     placed = ramp(aside, 0.02, 0.01) * ramp(np.abs(course[:, 2]), 0.01, 0.005)
@@ -84,7 +84,7 @@ def lift_peg_upright(state: State) -> np.ndarray:
     """
     peg = axis(state.object_quat, 0)
     peg = peg * np.where(peg[:, :1] + 2 * peg[:, 2:] < 0, -1.0, 1.0)  # from the near or lower end to the other
-    pick = grasp(state, state.object + PEG_GRIP * peg, peg, PEG_WIDTH, period=np.pi)
+    pick = grasp(state, state.object + PEG_GRIP * peg, peg, PEG_WIDTH)
     up = upwards(1 + 0 * pick.held)
     swing = (PEG_LENGTH + PEG_GRIP) * (up - peg[:, 2:] * peg)  # at right angles to the peg
     standing = PEG_LENGTH * np.abs(peg[:, 2]) + PEG_WIDTH * length(flat(peg))  # height of its centre then
@@ -111,7 +111,7 @@ def poke_cube(state: State) -> np.ndarray:
     course = flat(aim - state.object)
     peg = axis(state.tool_quat, 0)
     peg = peg * np.where(np.sum(peg * course, axis=-1, keepdims=True) < 0, -1.0, 1.0)  # from tail to head
-    pick = grasp(state, state.tool - 0.08 * peg, peg, PEG_WIDTH, period=np.pi)
+    pick = grasp(state, state.tool - 0.08 * peg, peg, PEG_WIDTH)
     head = state._replace(tcp=state.tool + PEG_LENGTH * peg)
     carry = push(head, aim, CUBE, PEG_WIDTH + 0.003, stride=0.03, lift_behind=False) * rest[:, None]
     return act(state, blend(pick.held, carry, pick.way), _level(pick, peg, heading(course)), pick.gripper)
@@ -120,7 +120,7 @@ def poke_cube(state: State) -> np.ndarray:
 def pull_cube_tool(state: State) -> np.ndarray:
     """Grasp the handle near its end, put the hook down behind the cube and pull the cube towards the robot."""
     handle, side = axis(state.tool_quat, 0), axis(state.tool_quat, 1)
-    pick = grasp(state, state.tool + 0.03 * handle, handle, TOOL_WIDTH, period=np.pi)
+    pick = grasp(state, state.tool + 0.03 * handle, handle, TOOL_WIDTH)
     hook = state._replace(tcp=state.tool + HOOK[0] * handle + HOOK[1] * side)
     near_robot = state.object * [0, 1, 0] + [0.5, 0, 0]
     carry = push(hook, near_robot, CUBE + 0.025, TOOL_WIDTH)

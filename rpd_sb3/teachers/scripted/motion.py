@@ -136,11 +136,6 @@ def heading(vector: np.ndarray) -> np.ndarray:
     return np.arctan2(vector[:, 1], vector[:, 0])
 
 
-def wrap(angle: np.ndarray, period: float = 2 * np.pi) -> np.ndarray:
-    """The equivalent angle nearest to zero."""
-    return angle - period * np.round(angle / period)
-
-
 def pointing_down(yaw: np.ndarray, tilt: np.ndarray | float = 0.0) -> np.ndarray:
     """Orientation (N, 4) of a gripper that points straight down; it opens along its y axis.
 
@@ -209,22 +204,17 @@ class Grasp(NamedTuple):
     """(N,) 0 not held, 1 held between the fingers."""
 
 
-def grasp(
-    state: State,
-    point: np.ndarray,
-    along: np.ndarray,
-    half_width: float,
-    period: float,
-) -> Grasp:
+def grasp(state: State, point: np.ndarray, along: np.ndarray, half_width: float) -> Grasp:
     """Reach a point from above with open fingers, and close them there; recovers from any lost or missed grasp.
 
     :param point: (N, 3) where the fingers close
-    :param along: (N, 3) direction for the gripper's x axis, seen from above; fingers close at right angles to it
+    :param along: (N, 3) direction for the gripper's x axis, or its opposite if that is nearer, seen from above; fingers close
+        at right angles to it
     :param half_width: of the thing, along the closing direction
-    :param period: angle after which the thing looks the same; the heading taken is the nearest to the gripper's
     """
     now = heading(axis(state.tcp_quat, 0))
-    yaw = now + wrap(heading(along) - now, period)
+    off = heading(along) - now
+    yaw = now + (off - np.pi * np.round(off / np.pi))
     way = point - state.tcp
     far = ramp(length(flat(point)), REACH - 0.04, REACH + 0.01)
     turn = turn_to(state.tcp_quat, pointing_down(yaw, tilt=0.25 * far))

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,11 @@ def test_history_and_chunks_are_a_memory(checkpoint: str, kwargs: dict[str, Any]
     assert make(checkpoint, **kwargs).spec.stateful == stateful
 
 
-def test_the_registry_knows_paths_with_colons(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_registry_knows_paths_with_colons(checkpoint: str) -> None:
     teacher = make_teacher("octo:hf://org/name", "PickCube-v1", n_samples=2, warm_up=False)
     assert "std" in teacher.spec.labels
     assert vars(OctoModel.latest)["path"] == "hf://org/name"
-    with pytest.raises(ValueError, match="has no argument 'n_sample' .*; did you mean 'n_samples'"):
-        make_teacher(f"octo:{checkpoint}", "PickCube-v1", n_sample=2)
-
-
-def test_step_reaches_octo(checkpoint: str) -> None:
-    make(checkpoint, step=5)
+    make_teacher(f"octo:{checkpoint}", "PickCube-v1", step=5, warm_up=False)
     assert (vars(OctoModel.latest)["path"], vars(OctoModel.latest)["step"]) == (checkpoint, 5)
 
 
@@ -179,10 +175,16 @@ def test_unnorm_key_names_a_dataset(checkpoint: str) -> None:
 
 def test_history_grows_to_the_horizon_and_starts_afresh(checkpoint: str) -> None:
     teacher = make(checkpoint, horizon=3)
-    seen = []
-    for t, start in enumerate([True, False, False, False, True, False]):
-        seen.append(teacher.label(query([10 * t], starts=start))["action"][0, [FRAMES, OLDEST, SEES]].tolist())
-    assert seen == [[1, 0, 0], [2, 0, 10], [3, 0, 20], [3, 10, 30], [1, 40, 40], [2, 40, 50]]
+    starts = [True, False, False, False, True, False]
+    actions = [teacher.label(query([10 * t], starts=start))["action"][0] for t, start in enumerate(starts)]
+    assert [action[[FRAMES, OLDEST, SEES]].tolist() for action in actions] == [
+        [1, 0, 0],
+        [2, 0, 10],
+        [3, 0, 20],
+        [3, 10, 30],
+        [1, 40, 40],
+        [2, 40, 50],
+    ]
 
 
 def test_histories_of_environments_are_apart(checkpoint: str) -> None:
@@ -256,17 +258,10 @@ def test_a_memory_wants_to_know_whose_it_is(checkpoint: str, env_ids: list[int],
 # ---- mistakes
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((2, 8, 8, 3), np.float32), r"must be uint8 of shape \(2, 8, 8, 3\), got float32 \(2, 8, 8, 3\)"),
-        (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)"),
-        (np.zeros((2, 9, 8, 3), np.uint8), r"got uint8 \(2, 9, 8, 3\)"),
-    ],
-)
-def test_other_images_are_refused(checkpoint: str, images: np.ndarray, message: str) -> None:
+@pytest.mark.parametrize("images", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 9, 8, 3), np.uint8)])
+def test_other_images_are_refused(checkpoint: str, images: np.ndarray) -> None:
     asked = query([1, 2])
-    with pytest.raises(ValueError, match=f"images.human {message}" if message.startswith("must") else message):
+    with pytest.raises(ValueError, match=r"images.human must be uint8 of shape \(2, 8, 8, 3\), got"):
         make(checkpoint).label(asked._replace(inputs={**asked.inputs, "images.human": images}))
 
 
@@ -281,13 +276,12 @@ def test_other_instructions_are_refused(checkpoint: str, instruction: np.ndarray
     ("kwargs", "message"),
     [
         ({"n_samples": 1.5}, "n_samples=1.5 must be a whole number"),
-        ({"horizon": 0}, "horizon=0 must be"),
         ({"horizon": 4}, "horizon=4 must be at most 3"),
         ({"exec_horizon": 5}, "exec_horizon=5 must be at most 4"),
         ({"std_floor": float("nan")}, "std_floor=nan must be"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"step": 3}, "has no step 3; it has 0, 5"),
-        ({"gripper": "open"}, "gripper='open' must be one of -1..1, 0..1"),
+        ({"gripper": "open"}, "gripper='open' is unknown; choose one of -1..1, 0..1"),
         ({"wrist_camera": "human"}, "are both 'human'"),
         ({"batch_sizes": []}, r"batch_sizes=\[\] must be a list"),
         ({"batch_sizes": [8, 0]}, r"batch_sizes=0 must be"),
@@ -303,15 +297,11 @@ def test_arguments_are_checked_at_once(checkpoint: str, kwargs: dict[str, Any], 
     ("changes", "kwargs", "message"),
     [
         ({"text_processor": None}, {}, "has no text processor"),
-        (
-            {"config": {"a": {"action_proprio_normalization_type": "bounds"}}},
-            {},
-            "normalized to 'bounds', not 'normal'",
-        ),
+        ({"config": {"a": {"action_proprio_normalization_type": "bounds"}}}, {}, "normalized to 'bounds'"),
         (
             {"example_batch": {"observation": {"image_primary": np.zeros((1, 2, 8, 8, 3))}}},
             {"wrist_camera": "hand"},
-            ("has no image_wrist for camera 'hand'; its images are image_primary"),
+            "has no image_wrist for camera 'hand'; its images are image_primary",
         ),
         ({"dataset_statistics": {"bridge": {"action": fake_octo.STATISTICS}}}, {}, "choose one of bridge"),
         (
@@ -370,6 +360,8 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match="the package octo is missing: install what requirements/octo.txt lists"):
         OctoTeacher("hf://org/name")
+    (found,) = doctor.inspect_teacher("octo:hf://org/name")
+    assert (found.status, found.value) == (FAIL, "not installed here: octo")
 
 
 @pytest.mark.parametrize("files", [["__init__.py", "cli.py", "manager.py", "plugin.py"], []])
@@ -400,8 +392,6 @@ def test_a_mixed_installation_is_recognised_without_executing_it(
         ("import no_such_dlimp", "octo needs the module no_such_dlimp, which is missing: install"),
         ("raise AttributeError(\"module 'scipy.linalg' has no attribute 'tril'\")", "install scipy==1.11.4"),
         ("raise RuntimeError('jaxlib version 0.4.38 is newer than and incompatible')", "install jaxlib==0.4.20"),
-        ("raise AttributeError(\"module 'jax.random' has no attribute 'KeyArray'\")", "install jax==0.4.20"),
-        ("raise ImportError('numpy.core.multiarray failed')", r"\(numpy.core.multiarray failed\): install what"),
         ("raise ValueError('numpy.dtype size changed.')", r"\(numpy.dtype size changed\): install what"),
         ("class OctoModel:\n    def sample_actions(self, pad_mask): ...", "is version 0.1 or older"),
     ],
@@ -435,13 +425,6 @@ def test_the_doctor_looks_for_package_and_checkpoint(checkpoint: str, tmp_path: 
     assert [found.status for found in doctor.inspect_teacher(f"octo:{tmp_path}")] == [FAIL]
 
 
-def test_the_doctor_misses_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_octo.forget_package(monkeypatch)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (found,) = doctor.inspect_teacher("octo:hf://org/name")
-    assert (found.status, found.value) == (FAIL, "not installed here: octo")
-
-
 # ---- what the documents show
 
 
@@ -449,7 +432,7 @@ def test_requirements_hold_what_the_service_needs_and_every_known_pin() -> None:
     text = (ROOT / "requirements" / "octo.txt").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert set(packages("options.extras_require", "teacher-server")) <= {re.split("[=<>]", line)[0] for line in lines}
-    pins = {pin for clash in CLASHES for pin in re.findall(r"\S+==[\d.]+\d", clash.pin)}
+    pins = {pin for versions in CLASHES.values() for pin in re.findall(r"\S+==[\d.]+\d", versions)}
     assert pins <= set(lines)
     assert COMMIT in text
 
@@ -467,10 +450,6 @@ def test_the_commands_of_the_page_exist(checkpoint: str) -> None:
 
 
 def test_the_service_serves_it(checkpoint: str) -> None:
-    with serving(lambda: make(checkpoint, horizon=2)) as service:
-        teacher = RemoteTeacher([service.url])
-        try:
-            answers = [teacher.submit(query([t, 2 * t], starts=t == 0)).result(10)["action"] for t in (0, 5)]
-        finally:
-            teacher.close()
+    with serving(lambda: make(checkpoint, horizon=2)) as service, closing(RemoteTeacher([service.url])) as teacher:
+        answers = [teacher.submit(query([t, 2 * t], starts=t == 0)).result(10)["action"] for t in (0, 5)]
     assert answers[1][:, [SEES, OLDEST, FRAMES]].tolist() == [[5, 0, 2], [10, 0, 2]]

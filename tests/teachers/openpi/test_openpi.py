@@ -100,18 +100,10 @@ def test_connections_are_used_at_a_time(closing: ExitStack) -> None:
     server, teacher = connected(closing, later(0.1, plan), n_connections=4)
     ask(teacher, range(4))  # opens them
     start = time.monotonic()
-    ask(teacher, range(8))
+    first, second = teacher.submit(query(range(4))), teacher.submit(query(range(4, 8)))
+    assert [future.result(5)["action"][0, 0] for future in (first, second)] == [0, 4]
     assert 0.2 <= time.monotonic() - start < 0.35  # one after the other: 0.8 s
     assert server.n_connections == 4
-
-
-def test_queries_overlap(closing: ExitStack) -> None:
-    _, teacher = connected(closing, later(0.1, plan), n_connections=4)
-    ask(teacher, range(4))
-    start = time.monotonic()
-    futures = [teacher.submit(query([i])) for i in range(4)]
-    assert [future.result(5)["action"][0, 0] for future in futures] == [0, 1, 2, 3]
-    assert time.monotonic() - start < 0.3
 
 
 def test_too_many_queries_wait_for_room_while_the_server_answers(closing: ExitStack) -> None:
@@ -176,12 +168,6 @@ def test_metadata_and_spec(closing: ExitStack) -> None:
 
 
 # ---- chunks
-
-
-def test_every_observation_is_asked_about_by_default(closing: ExitStack) -> None:
-    server, teacher = connected(closing)
-    assert [ask(teacher, [i])[0] for i in range(3)] == [[0, 0], [1, 0], [2, 0]]
-    assert len(server.observations) == 3
 
 
 def test_a_chunk_is_executed_to_its_horizon(closing: ExitStack) -> None:
@@ -376,14 +362,12 @@ def test_one_failed_row_gives_up_those_in_line(closing: ExitStack) -> None:
     ("answer", "message"),
     [
         ({"action": np.zeros((5, 7))}, "sent no array 'actions', only 'action', 'server_timing'"),
-        ({"actions": [1, 2]}, "sent no array 'actions'"),
         ({"actions": np.zeros((5, 1))}, r"actions of shape \(5, 1\) and float64, expected .* at least action_dim=2"),
         ({"actions": np.zeros(7)}, r"actions of shape \(7,\)"),
         ({"actions": np.zeros((2, 7), bool)}, "and bool"),
         ({"actions": np.zeros((1, 7))}, "plans 1 actions, fewer than exec_horizon=2; choose fewer"),
         (Raw(b"\xc1"), "sent what cannot be read: not MessagePack"),
         (Raw(server_pack([1])), "sent list, expected a map"),
-        (Raw(server_pack({"actions": np.array([["a"]])})), "arrays of dtype '<U1' are not read"),
         (Raw(bytes(2**26 + 1)), "a message is too big, its own may have 67108864 bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -396,18 +380,12 @@ def test_bad_answers_are_one_sentence(answer: Any, message: str, closing: ExitSt
     assert str(caught.value).startswith(f"openpi server at {teacher.url}")
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (Query({"images.a": np.zeros((1, 4, 4, 3))}, np.arange(1), np.ones(1, bool)), "must be uint8 of shape"),
-        (Query({"images.a": np.zeros((1, 3, 4, 4), np.uint8)}, np.arange(1), np.ones(1, bool)), r"\(1, 3, 4, 4\)"),
-    ],
-)
-def test_bad_questions_are_one_sentence(asked: Query, message: str, closing: ExitStack) -> None:
+@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3)), np.zeros((1, 3, 4, 4), np.uint8)])
+def test_bad_questions_are_one_sentence(images: np.ndarray, closing: ExitStack) -> None:
     _, teacher = connected(closing, inputs={"image": "images.a"}, max_pending=1)
     for _ in range(2):  # and take no room
-        with pytest.raises(TeacherError, match=message):
-            teacher.submit(asked).result(5)
+        with pytest.raises(TeacherError, match="must be uint8 of shape"):
+            teacher.submit(Query({"images.a": images}, np.arange(1), np.ones(1, bool))).result(5)
 
 
 def test_what_cannot_be_packed_is_an_error_and_the_thread_lives(closing: ExitStack) -> None:
@@ -499,9 +477,7 @@ def test_close_fails_what_waits_and_ends_the_threads(closing: ExitStack) -> None
         ({"inputs": {"image": "human"}}, "inputs: 'image': 'human' is unknown"),
         ({"inputs": {"observation": {"image": "images.human"}}}, "inputs: 'observation': .* is unknown"),
         ({"action_dim": 0}, "action_dim=0 must be a whole number"),
-        ({"exec_horizon": 1.5}, "exec_horizon=1.5 must be a whole number"),
         ({"image_size": -1}, "image_size=-1 must be"),
-        ({"n_connections": 0}, "n_connections=0 must be"),
         ({"timeout": 0}, "timeout=0 must be a positive number"),
         ({"api_key": "a\nb"}, "api_key, or RPD_SB3_OPENPI_API_KEY, must consist of printable ASCII"),
         ({"action_dims": 7}, "has no argument 'action_dims' .*did you mean 'action_dim'"),
@@ -516,7 +492,6 @@ def test_impossible_arguments_are_refused(kwargs: dict[str, Any], message: str) 
     ("address", "url"),
     [
         ("gpu-box", "ws://gpu-box:8000"),
-        ("gpu-box:9000", "ws://gpu-box:9000"),
         ("ws://gpu-box:9000/", "ws://gpu-box:9000"),
         ("http://gpu-box:9000", "ws://gpu-box:9000"),
         ("https://gpu-box/pi0/", "wss://gpu-box/pi0"),
@@ -539,17 +514,10 @@ def test_what_is_not_an_address_is_refused(address: str) -> None:
 # ---- messages
 
 
-MESSAGE = {
-    "image": np.arange(6, dtype=np.uint8).reshape(1, 2, 3),
-    "n": np.float32(1.5),
-    "b": np.bool_(1),
-    "s": "x",
-    "l": [1],
-}
-
-
 def test_messages_are_openpis_bytes() -> None:
-    assert pack(MESSAGE) == server_pack(MESSAGE)
+    image = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    message = {"image": image, "n": np.float32(1.5), "b": np.bool_(1), "s": "x", "l": [1]}
+    assert pack(message) == server_pack(message)
 
 
 @pytest.mark.parametrize("dtype", ["?", "u1", "<i2", ">i4", "<i8", "<f2", ">f4", "<f8"])
@@ -573,21 +541,14 @@ def number(data: Any, dtype: str) -> bytes:
     ("data", "message"),
     [
         (b"", "not MessagePack"),
-        (pack({})[:0] + b"\x81\xa1a", "not MessagePack"),
         (pack(1) + b"\x00", "not MessagePack"),
         (b"\x91" * 5000, "not MessagePack"),
         (b"\xa1\xff", "not MessagePack"),
-        (b"\x81\x01\x02", "not MessagePack"),
         (array(dtype="|O"), r"arrays of dtype '\|O' are not read"),
-        (array(dtype="O"), "arrays of dtype 'O' are not read"),
-        (array(dtype="<c8"), "'<c8' are not read"),
         (array(dtype="|V8"), "are not read"),
         (array(dtype="<U2"), "are not read"),
-        (array(dtype="<M8[s]"), "are not read"),
         (array(dtype=[["a", "<f4"]]), "are not read"),
-        (array(dtype=None), "are not read"),
         (array(shape=(3,)), r"8 bytes for an array of float32 and shape \[3\]"),
-        (array(shape=(-2,)), r"shape \[-2\] must be"),
         (array(shape=(-1, -2)), "must be at most"),
         (array(shape=(2.0,)), "must be at most"),
         (array(shape=(True, 2)), "must be at most"),
@@ -666,12 +627,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make_teacher("openpi:gpu-box:8000", "Any-v0")
 
 
+def towards_goal(observation: dict[str, Any]) -> dict[str, Any]:
+    position, goal = observation["observation/state"]
+    return {"actions": np.full((HORIZON, 1), np.clip(2 * (goal - position), -1, 1), np.float32)}
+
+
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_an_environment_is_labelled(horizon: int, closing: ExitStack) -> None:
-    def towards_goal(observation: dict[str, Any]) -> dict[str, Any]:
-        position, goal = observation["observation/state"]
-        return {"actions": np.full((HORIZON, 1), np.clip(goal - position, -1, 1), np.float32)}
-
     _, teacher = connected(closing, towards_goal, action_dim=1, exec_horizon=horizon)
     venv = VecTeacher(DummyVecEnv([lambda i=i: TinyEnv(length=4 + i) for i in range(3)]), teacher)
     venv.seed(0)
@@ -682,17 +644,13 @@ def test_an_environment_is_labelled(horizon: int, closing: ExitStack) -> None:
         planned = np.where(age % horizon == 0, obs[:, 1] - obs[:, 0], planned)
         obs, _, dones, infos = venv.step(np.ones((3, 1), np.float32))
         labels = np.array([np.asarray(info["teacher_action"])[0] for info in infos])
-        np.testing.assert_allclose(labels, np.clip(planned, -1, 1), rtol=0, atol=1e-7)
+        np.testing.assert_allclose(labels, np.clip(2 * planned, -1, 1), rtol=0, atol=1e-6)
         age = np.where(dones, 0, age + 1)
     venv.close()
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_a_server_is_evaluated_from_the_command_line(horizon: int, tmp_path: Path) -> None:
-    def towards_goal(observation: dict[str, Any]) -> dict[str, Any]:
-        position, goal = observation["observation/state"]
-        return {"actions": np.full((HORIZON, 1), np.clip(2 * (goal - position), -1, 1), np.float32)}
-
     words = ["--env", TINY, "-n", "6", "--n-envs", "2", "--vec-env", "dummy", "--json", str(tmp_path / "result.json")]
     words += ["--teacher-kwargs", "inputs.observation/state:state", "action_dim:1", f"exec_horizon:{horizon}"]
     with openpi_server(towards_goal) as server:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,11 +64,11 @@ def change(path: Path, **changes: Any) -> None:
     put(path, {key: value for key, value in content.items() if value is not None})
 
 
-def change_weights(folder: Path, function: Callable[[dict[str, Any]], None]) -> None:
-    weights = load_file(folder / WEIGHTS)
+def change_weights(folder: Path, function: Callable[[dict[str, Any]], object], name: str = WEIGHTS) -> None:
+    weights = load_file(folder / name)
     function(weights)
-    (folder / WEIGHTS).unlink()
-    save_file(weights, folder / WEIGHTS)
+    (folder / name).unlink()
+    save_file(weights, folder / name)
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -90,6 +92,25 @@ def test_shards_are_the_single_file(whole: Path, in_shards: Path) -> None:
     assert all(th.equal(one[name], three[name]) for name in one)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Where tensors that are read from files lie, by name."""
+    places: dict[str, int] = {}
+
+    @contextmanager
+    def opened(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        def get_tensor(name: str) -> th.Tensor:
+            tensor = file.get_tensor(name)
+            places[name] = tensor.data_ptr()
+            return tensor
+
+        with safetensors.safe_open(*args, **kwargs) as file:
+            yield SimpleNamespace(get_tensor=get_tensor)
+
+    monkeypatch.setattr(loading, "safe_open", opened)
+    return places
+
+
 UNUSED = [
     "vision_backbone.featurizer.blocks.3.",
     "vision_backbone.fused_featurizer.blocks.2.",
@@ -99,8 +120,7 @@ UNUSED = [
 ]
 
 
-def test_what_inference_never_uses_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Spy(monkeypatch).read
+def test_what_inference_never_uses_is_not_read(whole: Path, read: dict[str, int]) -> None:
     load(whole)
     unused = [name for name in opened(whole).tensors if name not in read]
     assert unused
@@ -119,34 +139,7 @@ def test_what_inference_never_uses_may_be_missing(whole: Path, folder: Path, pre
     assert all(th.equal(expected[name], actual[name]) for name in expected)
 
 
-class Spy:
-    """Remembers where tensors that are read from files lie."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read: dict[str, int] = {}
-        spy = self
-
-        class Opened:
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                self.file = safetensors.safe_open(*args, **kwargs)
-
-            def __enter__(self) -> Opened:
-                self.file.__enter__()
-                return self
-
-            def __exit__(self, *args: Any) -> None:
-                self.file.__exit__(*args)
-
-            def get_tensor(self, name: str) -> th.Tensor:
-                tensor = self.file.get_tensor(name)
-                spy.read[name] = tensor.data_ptr()
-                return tensor
-
-        monkeypatch.setattr(loading, "safe_open", Opened)
-
-
-def test_weights_of_the_wanted_dtype_are_not_copied(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Spy(monkeypatch).read
+def test_weights_of_the_wanted_dtype_are_not_copied(whole: Path, read: dict[str, int]) -> None:
     weights = dict(load(whole).named_parameters())
     assert weights
     assert all(weight.data_ptr() == read[name] for name, weight in weights.items())
@@ -221,7 +214,6 @@ def test_one_of_several_datasets_has_to_be_chosen(folder: Path) -> None:
         stats([0.0], [1.0], mask=[True, False]),
         stats([], []),
         stats(["low"], [1.0]),  # type: ignore[list-item]
-        {"action": [0.0]},
         {"proprio": {}},
         [],
     ],
@@ -251,12 +243,9 @@ def truncate(folder: Path) -> None:
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (remove(CONFIG), "has no config.json: it is not a complete OpenVLA checkpoint"),
     (write(CONFIG, "{"), "config.json is not valid JSON"),
-    (write(CONFIG, b"\xff\xfe"), "config.json is not valid JSON"),
     (write(CONFIG, []), "config.json must hold a JSON object, but holds a list"),
     (config(model_type="llama"), "has model_type='llama'; an OpenVLA checkpoint has 'openvla'"),
     (config(arch_specifier=None), "has arch_specifier=None"),
-    (config(vision_backbone_id="siglip-224px"), "has vision_backbone_id='siglip-224px'"),
-    (config(image_resize_strategy="letterbox"), "has image_resize_strategy='letterbox'"),
     (config(text_config=None), "config.json has no text_config"),
     (config(norm_stats=None), "has no norm_stats in config.json and no dataset_statistics.json"),
     (config(norm_stats=["toy_kitchen"]), "the statistics of 'toy_kitchen' cannot be used"),
@@ -269,7 +258,6 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     ),
     (remove(WEIGHTS), "lacks model.safetensors, 1 of 1 files of weights"),
     (truncate, "is not a safetensors file, or an incomplete one .*: copy it again"),
-    (write(WEIGHTS, b"<html>404 Not Found</html>"), "is not a safetensors file"),
     (
         write(WEIGHTS, header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))),
         "has no complete vision tower vision_backbone.featurizer",
@@ -290,10 +278,7 @@ SHARD = "model-00002-of-00003.safetensors"
 
 
 def lose_a_tensor(folder: Path) -> None:
-    weights = load_file(folder / SHARD)
-    del weights[min(weights)]
-    (folder / SHARD).unlink()
-    save_file(weights, folder / SHARD)
+    change_weights(folder, lambda weights: weights.pop(min(weights)), SHARD)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +287,6 @@ def lose_a_tensor(folder: Path) -> None:
         (remove(SHARD), f"lacks {SHARD}, 1 of 3 files of weights"),
         (lose_a_tensor, f"{SHARD} lacks the tensor"),
         (write(INDEX, {"metadata": {}}), "index.json has no weight_map"),
-        (write(INDEX, {"weight_map": {}}), "index.json has no weight_map"),
         (write(INDEX, {"weight_map": {"a": 5}}), "index.json has no weight_map"),
     ],
 )
@@ -315,15 +299,7 @@ def test_broken_shards_are_refused(
         opened(folder)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vision_backbone.featurizer.blocks.1.attn.qkv.bias",
-        "language_model.lm_head.weight",
-        "projector.fc3.weight",
-        "vision_backbone.featurizer.blocks.1.ls1.scale_factor",
-    ],
-)
+@pytest.mark.parametrize("name", ["language_model.lm_head.weight", "vision_backbone.featurizer.blocks.1.attn.qkv.bias"])
 def test_a_missing_weight_is_named(folder: Path, name: str) -> None:
     change_weights(folder, lambda weights: weights.pop(name))
     with broken(f"tiny lacks 1 of 101 weights, e.g. {name}$"):
@@ -338,9 +314,8 @@ def test_a_tower_without_what_tells_its_size_is_incomplete(folder: Path, name: s
 
 
 def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
-    change(
-        folder / CONFIG, text_config=json.loads((folder / CONFIG).read_text())["text_config"] | {"vocab_size": 32128}
-    )
+    config = json.loads((folder / CONFIG).read_text())
+    change(folder / CONFIG, text_config=config["text_config"] | {"vocab_size": 32128})
     with broken(r"has the shape \(32064, 64\), but config and other weights need \(32128, 64\)"):
         load(folder)
 

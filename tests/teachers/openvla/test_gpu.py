@@ -10,14 +10,9 @@ import torch as th
 
 from rpd_sb3.contract.teacher import Labels
 from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
-from tests.support.openvla_helpers import goldens, make_checkpoint, question, tokens_of
+from tests.support.openvla_helpers import goldens, question, tokens_of
 
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="no GPU")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("openvla"))
 
 
 def expected(rows: list[tuple[int, int]]) -> Labels:

