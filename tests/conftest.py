@@ -17,3 +17,8 @@ def fixed_seeds() -> None:
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002  (ManiSkill and Stable-Baselines3 draw from the global generator)
     th.manual_seed(SEED)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Walkthroughs first: they take longest, and the last test of a run should not keep the other worker waiting."""
+    items.sort(key=lambda item: item.path.name != "test_examples.py")
