@@ -15,13 +15,9 @@ def preserved_rng() -> Iterator[None]:
     """Restores Python's, NumPy's and PyTorch's global generators at the end."""
     python = random.getstate()
     numpy = np.random.get_state()  # noqa: NPY002
-    torch = th.get_rng_state()
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
     try:
-        yield
+        with th.random.fork_rng(devices=range(th.cuda.device_count())):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        th.set_rng_state(torch)
-        if cuda:
-            th.cuda.set_rng_state_all(cuda)

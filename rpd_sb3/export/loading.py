@@ -55,10 +55,10 @@ def check_observed(policy: runtime.Policy, space: spaces.Space, name: str, env_i
     :raises ValueError: if it shows something else
     """
     trained = policy.manifest["observation"]
-    shown = {key: box for key, box in input_spaces(space).items() if isinstance(box, spaces.Box)}
-    seen = [(spec["shape"], spec["dtype"]) for spec in input_specs(space)] if len(shown) == len(trained) else []
-    names = list(shown) if isinstance(space, spaces.Dict) else [trained[0]["name"]]
-    if seen != [(spec["shape"], spec["dtype"]) for spec in trained] or names != [spec["name"] for spec in trained]:
+    arrays = all(isinstance(inner, spaces.Box) for inner in input_spaces(space).values())
+    shown = input_specs(space) if arrays else []
+    keys = ("name", "shape", "dtype") if isinstance(space, spaces.Dict) else ("shape", "dtype")
+    if [[spec[key] for key in keys] for spec in shown] != [[spec[key] for key in keys] for spec in trained]:
         wanted = ", ".join(f"{spec['name']} {spec['dtype']} {tuple(spec['shape'])}" for spec in trained)
         raise ValueError(f"{name} was trained on {wanted}, but env {env_id!r} shows {space}")
 

@@ -117,10 +117,7 @@ def student_success(folder: Path, model_file: Path, which: str) -> dict[str, Any
     n = len(evaluations.timesteps)
     _, returns, lengths, once, at_end = evaluations
     episodes = EvalResult.of(
-        returns[row],
-        lengths[row],
-        None if once is None else once[row],
-        None if at_end is None else at_end[row],
+        returns[row], lengths[row], None if once is None else once[row], None if at_end is None else at_end[row]
     )
     student = episodes.summary() | {"timesteps": timesteps, "n_evaluations": n, "model": which}
     if which == "best" and n > 1:

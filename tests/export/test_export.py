@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from stable_baselines3 import PPO
 
 from rpd_sb3.contract.statistics import wilson_interval
@@ -26,7 +27,7 @@ from rpd_sb3.evaluate import __main__ as evaluate
 from rpd_sb3.export import __main__ as export
 from rpd_sb3.export import manifest as manifests
 from rpd_sb3.export import runtime, writer
-from rpd_sb3.export.loading import load_export
+from rpd_sb3.export.loading import check_observed, load_export
 from rpd_sb3.export.observations import facts_of_config, with_image_size
 from rpd_sb3.train import folder as runs
 from tests.support import ROOT
@@ -499,6 +500,12 @@ def test_evaluate_says_what_does_not_fit(
 ) -> None:
     given = ["--export", str(run / "export_onnx"), "--vec-env", "dummy", *argv]
     assert re.search(message, sentence(given, capsys, evaluate))
+
+
+def test_environment_that_shows_more_than_arrays_does_not_fit(run: Path) -> None:
+    space = spaces.Dict({"state": spaces.Box(-10.0, 10.0, (2,)), "room": spaces.Discrete(3)})
+    with pytest.raises(ValueError, match="but env 'House-v0' shows Dict"):
+        check_observed(load_export(run / "export_onnx"), space, "export", "House-v0")
 
 
 def test_evaluate_of_a_damaged_export(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,12 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from rpd_sb3.contract.bins import Bounds, to_actions
 from rpd_sb3.export.deploy import DeployablePolicy, camera_view, check_exportable, input_specs, numbers_of_parameters
-from rpd_sb3.export.formats import (
-    load_torch,
-    torch_act,
-    write_onnx,
-    write_torch,
-)
+from rpd_sb3.export.formats import load_torch, torch_act, write_onnx, write_torch
 from rpd_sb3.students import TokenPolicy
 from tests.export.conftest import Exported
 from tests.support import ROOT
