@@ -32,7 +32,7 @@ def run(*words: str) -> str:
 # %% Distil the scripted teacher into a compact CNN that sees one 128 x 128 image of the side-view camera, and nothing else.
 short = [
     "-n",
-    "128",
+    "64",
     "--n-envs",
     "2",
     "--eval-freq",
@@ -40,8 +40,12 @@ short = [
     "--eval-episodes",
     "1",
     "--no-video",
+    "--vec-env",
+    "dummy",
     "-params",
     "n_steps:32",
+    "n_epochs:1",
+    "replay_batch_size:16",
 ]
 student = run("rpd_sb3.train", "--algo", "rpd_ppo", "--env", ENV, "--obs", "rgb", *(short if SHORT else []))
 
@@ -62,4 +66,4 @@ image = np.zeros((128, 128, 3), np.uint8)  # what a camera gives: height, width,
 print("an action for a black image:", policy(image))
 
 # %% The same folder in the simulator.
-run("rpd_sb3.evaluate", "--export", str(expert), "-n", "1" if SHORT else "50")
+run("rpd_sb3.evaluate", "--export", str(expert), *(["-n", "1", "--vec-env", "dummy"] if SHORT else ["-n", "50"]))

@@ -1,6 +1,11 @@
 """One thread, and the same random numbers for every test."""
 
+import os
 import random
+
+# The networks and pictures here are small: more threads, also of the processes that tests start, only contend with
+# pytest's worker processes.
+os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1")
 
 import numpy as np
 import pytest
@@ -8,7 +13,6 @@ import torch as th
 
 SEED = 0
 
-# The networks here are small: more threads only contend with pytest's worker processes.
 th.set_num_threads(1)
 
 
