@@ -33,7 +33,7 @@ from rpd_sb3.algos.buffers import (
 )
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
-from rpd_sb3.contract.teacher import TeacherError
+from rpd_sb3.contract.teacher import INFO_PREFIX, TeacherError
 from rpd_sb3.labelling.access import check_labels_given, set_label_fraction
 
 Self = TypeVar("Self", bound="OnPolicyDistillation")
@@ -205,7 +205,8 @@ class OnPolicyDistillation(PPO):
         if missing > MAX_MISSING:
             raise TeacherError(f"{missing:.0%} of this rollout's labels are missing; at most {MAX_MISSING:.0%} may")
         if not buffer.labels and self.label_fraction == 1.0:
-            raise TeacherError(f"no transition of this rollout carries teacher_{' teacher_'.join(sorted(self.needs))}")
+            missing_keys = " ".join(INFO_PREFIX + name for name in sorted(self.needs))
+            raise TeacherError(f"no transition of this rollout carries {missing_keys}")
         self.logger.record("rollout/missing_labels", missing)
         if self.label_replay_buffer is not None:
             columns = {TAKEN: buffer.actions, **buffer.labels}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rpd_sb3.cli.common import RUN_ERROR, USER_ERROR, Interrupt, Parser, check_at_least, run_command, whole_number
 from rpd_sb3.contract.names import TEACHERS
 from rpd_sb3.serve.address import bind, is_loopback, url_of
+from rpd_sb3.wire.urls import TOKEN
 
 if TYPE_CHECKING:
     from rpd_sb3.contract.teacher import Teacher
@@ -34,7 +35,7 @@ def make_parser() -> Parser:
     add("--name", default="teacher", help="name under which clients ask for the teacher")
     add("--host", default="127.0.0.1", help="address to listen at; any other than loopback needs a token")
     add("--port", type=whole_number, default=8000, help="port to listen at; 0: any that is free")
-    add("--token", help="token that clients must send [environment variable RPD_SB3_TOKEN]")
+    add("--token", help=f"token that clients must send [environment variable {TOKEN}]")
     add("--max-batch", type=whole_number, default=64, metavar="N", help="rows of one call of the teacher")
     wait = "how long a query waits for others to make a batch [a quarter of the last batch's time, at least 5]"
     add("--max-wait-ms", type=float, metavar="MS", help=wait)
@@ -59,7 +60,7 @@ def set_up(argv: Sequence[str]) -> LocalServer | RayServer:
     """
     try:
         args = make_parser().parse_args(argv)
-        args.token = args.token or os.environ.get("RPD_SB3_TOKEN")
+        args.token = args.token or os.environ.get(TOKEN)
         check(args)
         load = teacher_loader(args)
         max_wait = None if args.max_wait_ms is None else args.max_wait_ms / 1000
@@ -97,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
     if args.engine == "local" and args.replicas != 1:
         raise ValueError(f"--replicas {args.replicas} needs --engine ray; or start several services on different ports")
     if not is_loopback(args.host) and not args.token:
-        raise ValueError(f"--host {args.host} lets other machines in: give a --token, or set RPD_SB3_TOKEN")
+        raise ValueError(f"--host {args.host} lets other machines in: give a --token, or set {TOKEN}")
 
 
 def teacher_loader(args: argparse.Namespace) -> Callable[[], Teacher]:

@@ -33,6 +33,7 @@ from rpd_sb3.wire.messages import HEADER_LENGTH, parse_region
 from rpd_sb3.wire.shared_memory import SharedMemoryError, StaleGeneration
 from rpd_sb3.wire.spec import metadata
 from rpd_sb3.wire.tensors import ProtocolError
+from rpd_sb3.wire.urls import TOKEN
 
 MAX_BODY = 256 * 2**20
 EXTENSIONS = ["binary_tensor_data", "system_shared_memory"]
@@ -210,7 +211,7 @@ class TokenGate:
         if is_open or hmac.compare_digest(_credentials(Headers(scope=scope)), self.token):
             await self.app(scope, receive, send)
             return
-        body = {"error": "this service wants a bearer token: --teacher-kwargs token:..., or RPD_SB3_TOKEN"}
+        body = {"error": f"this service wants a bearer token: --teacher-kwargs token:..., or {TOKEN}"}
         await JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="rpd_sb3", charset="UTF-8"'})(
             scope, receive, send
         )

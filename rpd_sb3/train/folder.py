@@ -25,12 +25,12 @@ from rpd_sb3.algos import ALGOS
 from rpd_sb3.cli.config import load_yaml, merge, parse_pairs
 from rpd_sb3.contract.secrets import masked, redact, redact_command
 from rpd_sb3.teachers.sb3_policy import read_model_data
-from rpd_sb3.wire.urls import OPENPI_API_KEY
+from rpd_sb3.wire.urls import OPENPI_API_KEY, TOKEN
 
 PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "mani_skill")
 SECRET_VARIABLES = {
-    "http": ("token", "RPD_SB3_TOKEN"),
-    "https": ("token", "RPD_SB3_TOKEN"),
+    "http": ("token", TOKEN),
+    "https": ("token", TOKEN),
     "openpi": ("api_key", OPENPI_API_KEY),
 }
 """Kind of teacher to the option that is its secret, and the environment variable that may give it."""

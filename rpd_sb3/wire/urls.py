@@ -9,7 +9,9 @@ OPENPI_PORT = 8000
 """Where openpi's server listens if it is not told otherwise."""
 
 OPENPI_API_KEY = "RPD_SB3_OPENPI_API_KEY"
-"""Environment variable."""
+"""Environment variable with the key that an openpi server wants."""
+TOKEN = "RPD_SB3_TOKEN"
+"""Environment variable with the token that a teacher service wants."""
 
 
 def openpi_url(address: str) -> str:

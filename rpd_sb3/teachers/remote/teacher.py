@@ -18,6 +18,7 @@ from rpd_sb3.contract.names import check_counts
 from rpd_sb3.contract.teacher import TIMEOUT, Labels, Query, TeacherError
 from rpd_sb3.teachers.remote.http import check_expected, handshake
 from rpd_sb3.teachers.remote.replica import Piece, Replica
+from rpd_sb3.wire.urls import TOKEN
 
 
 class RemoteTeacher:
@@ -59,7 +60,7 @@ class RemoteTeacher:
         self._client_id = uuid.uuid4().hex
         self._numbers = count()
         self._closed = False
-        token = token or os.environ.get("RPD_SB3_TOKEN")
+        token = token or os.environ.get(TOKEN)
         self.spec, shares = handshake(urls, name, token, ready_timeout)
         check_expected(self.spec, expect or {}, urls[0])
         self.replicas = [
