@@ -95,6 +95,15 @@ def test_any_side_length_will_do(size: int) -> None:
     assert CompactCNN(image(size))(th.rand(2, 3, size, size)).shape == (2, 64)
 
 
+def test_half_the_channels_are_a_quarter_of_the_convolutions_weights() -> None:
+    wide, slim = (
+        sum(p.numel() for p in CompactCNN(image(64), n_channels=n).encoder[0][3].parameters()) for n in (64, 32)
+    )
+    assert (wide, slim) == (2 * (64 * 64 * 9 + 64), 2 * (32 * 32 * 9 + 32))
+    with pytest.raises(ValueError, match="n_channels=33 must be a positive even number"):
+        CompactCNN(image(64), n_channels=33)
+
+
 def test_vectors_are_normalized_and_appended() -> None:
     extractor = CompactCNN(spaces.Dict({"rgb": image(84), "state": VECTOR}))
     assert extractor.features_dim == 64 + 25
