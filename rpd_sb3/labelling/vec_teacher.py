@@ -23,6 +23,7 @@ from rpd_sb3.contract.teacher import (
     Teacher,
 )
 from rpd_sb3.envs.action_tokens import find_token_bounds
+from rpd_sb3.envs.worker_pool import PendingRows, WorkerPoolVecEnv
 from rpd_sb3.labelling.pending import LazyLabel, PendingLabels, RetryPolicy, check_label_fraction
 from rpd_sb3.labelling.take_over import TakeOvers, steps_of_the_limit
 from rpd_sb3.labelling.views import (
@@ -132,6 +133,8 @@ class VecTeacher(VecEnvWrapper):
         self._current: list[Asked] = []  # about the current observations; no environment is in two of them
         self._of_step: list[Asked] = []  # about the observations of the step that is being made
         self._marks: list[dict[str, Any]] | None = None  # for the infos of that step: where the teacher acts
+        self._pool = venv if isinstance(venv, WorkerPoolVecEnv) else None
+        self._turns: list[PendingRows] = []  # of the step that is being made; none if it is made at once
         self._take_overs = TakeOvers(self.num_envs, take_over_steps, take_over_at_start, seed)
         self.set_label_fraction(label_fraction)
         self.set_teacher_share(teacher_share)
@@ -193,7 +196,7 @@ class VecTeacher(VecEnvWrapper):
         obs = self.venv.reset()
         self._starts[:] = True
         self._was_asked[:] = False
-        self._current = []
+        self._current, self._turns = [], []
         self._take_overs.begin(np.arange(self.num_envs))
         return self._split(obs)
 
@@ -202,17 +205,28 @@ class VecTeacher(VecEnvWrapper):
         self._ask_where(due)
         drawn = self._draw()
         students = drawn[~self._was_answered()[drawn]]
-        executed, acted = self._with_teacher(actions, due)
-        self.venv.step_async(executed)
-        if len(students):
-            self._ask(students, self._inputs_of(students), actions)
+        executed = np.array(actions) if due.any() else actions
+        acted = np.zeros(self.num_envs, dtype=bool)
+        self._turns = []
+        turns = self._make_turns(due)
+        for envs in turns:
+            self._let_act(envs[due[envs]], executed, acted)
+            if self._pool is None or len(turns) == 1:
+                self.venv.step_async(executed)
+            else:
+                self._turns.append(self._pool.step_rows_async(envs, executed[envs]))
+            if envs is turns[0] and len(students):
+                self._ask(students, self._inputs_of(students), actions)
         self._of_step, self._current = self._current, []
         self._mark(executed, acted)
 
     def step_wait(self) -> VecEnvStepReturn:
-        obs, rewards, dones, infos = self.venv.step_wait()
-        infos = list(infos)
-        self._advance(np.arange(self.num_envs), np.asarray(dones, dtype=bool))
+        if self._turns:
+            obs, rewards, dones, infos = self._wait_for_turns()
+        else:
+            obs, rewards, dones, infos = self.venv.step_wait()
+            infos = list(infos)
+            self._advance(np.arange(self.num_envs), np.asarray(dones, dtype=bool))
         self._complete(infos)
         student_obs = self._split(obs)
         self._ask_where(self._take_overs.due)
@@ -247,21 +261,49 @@ class VecTeacher(VecEnvWrapper):
         n_bins = None if self.teacher.spec.action_space == space else token_bins(space)
         return actions if n_bins is None else to_tokens(actions, n_bins, self._token_bounds)
 
-    def _with_teacher(self, actions: np.ndarray, due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The student's actions, with the teacher's in their place where it acts, and where that is.
+    def _make_turns(self, due: np.ndarray) -> list[np.ndarray]:
+        """The environments in the turns in which they step.
 
-        :param actions: ``(N, ...)`` of the student
-        :param due: ``(N,)`` bool: where the teacher is to act; its answers are waited for
-        :return: ``(N, ...)``, and ``(N,)`` bool, False where the answer was skipped
+        Where the teacher acts, one half steps while it decides on the other. Those that need not wait for it come first,
+        then those that it was asked about first.
+
+        :param due: ``(N,)`` bool: where the teacher is to act
         """
-        acted = np.zeros(self.num_envs, dtype=bool)
-        executed = np.array(actions) if due.any() else actions
-        for pending, envs in self._current:
-            rows = due[envs]
-            if rows.any() and (labels := pending.get()) is not None:
-                acted[envs[rows]] = True
-                executed[envs[rows]] = self.to_env_actions(labels["action"][rows])
-        return executed, acted
+        if self._pool is None or not due.any():
+            return [np.arange(self.num_envs)]
+        order = np.full(self.num_envs, -1)
+        for number, asked in enumerate(self._current):
+            order[asked.envs] = number
+        return self._pool.halves(np.where(due, order, -1))
+
+    def _wait_for_turns(self) -> tuple[VecEnvObs, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """What a step gives, once all turns are made; where the teacher is to act next it is asked after each of them."""
+        assert self._pool is not None
+        rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, dtype=bool)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for turn in self._turns:
+            rewards[turn.rows], dones[turn.rows], of_turn = self._pool.step_rows_wait(turn)
+            for env, info in zip(turn.rows, of_turn):
+                infos[env] = info
+            self._advance(turn.rows, dones[turn.rows])
+            envs = turn.rows[self._take_overs.due[turn.rows]]
+            if len(envs):
+                obs = self._pool.read_observations(envs)
+                self._ask(envs, teacher_view(obs, self.venv.observation_space, self.teacher.spec.inputs), None)
+        return self._pool.read_observations(), rewards, dones, infos
+
+    def _let_act(self, envs: np.ndarray, actions: np.ndarray, acted: np.ndarray) -> None:
+        """Put the teacher's actions in the place of the student's; its answers are waited for.
+
+        :param envs: ``(n,)`` where the teacher is to act
+        :param actions: ``(N, ...)``, changed there
+        :param acted: ``(N,)`` bool, set there unless the answer was skipped
+        """
+        for asked in self._current if len(envs) else ():
+            rows = np.isin(asked.envs, envs)
+            if rows.any() and (labels := asked.pending.get()) is not None:
+                acted[asked.envs[rows]] = True
+                actions[asked.envs[rows]] = self.to_env_actions(labels["action"][rows])
 
     def _mark(self, executed: np.ndarray, acted: np.ndarray) -> None:
         """Keep for the infos of this step where the teacher acts."""
