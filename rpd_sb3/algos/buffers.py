@@ -16,7 +16,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
-from rpd_sb3.contract.teacher import INFO_PREFIX
+from rpd_sb3.contract.teacher import EXECUTED_ACTION, INFO_PREFIX, TEACHER_ACTED
 
 Observation = np.ndarray | dict[str, np.ndarray]
 CHUNK = 64
@@ -38,6 +38,8 @@ class LabelledSamples(NamedTuple):
     """Label name to ``(B, ...)``; zero where there is no label."""
     labelled: th.Tensor
     """``(B,)`` bool: True where the teacher has answered."""
+    teacher_acted: th.Tensor
+    """``(B,)`` bool: True where ``actions`` are the teacher's: nothing there is known of the student's return."""
 
 
 class Student(NamedTuple):
@@ -116,29 +118,62 @@ def use_compact_buffer(model: Any) -> None:
 
 
 class _LabelsMixin:
-    """Stores for each transition what the teacher said about it; the label of step t is added with step t."""
+    """Stores for each transition what the teacher said and did; the label of step t is added with step t."""
 
     buffer_size: int
     n_envs: int
+    gamma: float
+    actions: np.ndarray
+    values: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+    episode_starts: np.ndarray
 
     def reset(self) -> None:
         self._infos: list[list[dict[str, Any]]] = []
+        self._executed: list[tuple[int, int, np.ndarray]] = []
+        self.teacher_acted = np.zeros((self.buffer_size, self.n_envs), dtype=bool)
         self.labels: dict[str, np.ndarray] = {}
         self.labelled = np.zeros((self.buffer_size, self.n_envs), dtype=bool)
         super().reset()  # type: ignore[misc]
 
     def add_labels(self, infos: list[dict[str, Any]], names: frozenset[str]) -> None:
-        """Remember the labels of one step; values may still be on their way.
+        """Remember the labels of one step, whose values may still be on their way, and where the teacher acted.
 
         :param infos: E info dicts of the step, with ``teacher_<name>`` where a label was asked for
         :param names: labels to keep
         """
+        step = len(self._infos)
+        for env, info in enumerate(infos):
+            if info.get(TEACHER_ACTED, False):
+                self.teacher_acted[step, env] = True
+                self._executed.append((step, env, info[EXECUTED_ACTION]))
         self._infos.append(
             [{name: info[key] for name in names if (key := INFO_PREFIX + name) in info} for info in infos]
         )
 
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """As SB3 does it for the student's transitions; a take-over ends their lambda-return with the value there.
+
+        Where the teacher acted, the advantage is 0 and the return is the value: its rewards are not the student's.
+        """
+        rewards, starts = self.rewards, self.episode_starts
+        if self.teacher_acted.any():
+            taken = np.zeros_like(self.teacher_acted)  # the teacher acts at the next step of the same episode
+            taken[:-1] = self.teacher_acted[1:] & (starts[1:] == 0)
+            self.rewards, self.episode_starts = rewards.copy(), starts.copy()
+            self.rewards[:-1] += self.gamma * self.values[1:] * taken[:-1]
+            self.episode_starts[1:] += taken[:-1]
+        super().compute_returns_and_advantage(last_values, dones)  # type: ignore[misc]
+        self.rewards, self.episode_starts = rewards, starts
+        self.advantages[self.teacher_acted] = 0.0
+        self.returns[self.teacher_acted] = self.values[self.teacher_acted]
+
     def gather_labels(self, names: frozenset[str]) -> float:
         """Wait for all labels of the rollout and turn them into arrays ``labels[name]`` (T, E, ...).
+
+        The actions become those that were executed.
 
         :param names: labels to gather
         :return: share of labels that were asked for and did not come
@@ -160,6 +195,8 @@ class _LabelsMixin:
                         self.labels[name] = np.zeros((self.buffer_size, self.n_envs, *value.shape), np.float32)
                     self.labels[name][step, env] = value
         self._infos = []
+        for step, env, action in self._executed:
+            self.actions[step, env] = np.reshape(action, -1)
         return 1.0 - int(self.labelled.sum()) / asked if asked else 0.0
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> LabelledSamples:
@@ -168,7 +205,7 @@ class _LabelsMixin:
         at = (step_inds, env_inds)
         to_torch = self.to_torch  # type: ignore[attr-defined]
         labels = {name: to_torch(values[at]) for name, values in self.labels.items()}
-        return LabelledSamples(*samples, labels, to_torch(self.labelled[at]))  # type: ignore[call-arg]
+        return LabelledSamples(*samples, labels, to_torch(self.labelled[at]), to_torch(self.teacher_acted[at]))  # type: ignore[call-arg]
 
 
 class LabelledRolloutBuffer(_LabelsMixin, CompactRolloutBuffer):  # type: ignore[misc]

@@ -85,11 +85,22 @@ class Curriculum:
     :param distill_coef: weight of the distillation term while imitation leads, a number or a schedule of the remaining progress
     :param ppo_coef: weight of the surrogate while imitation leads
     :param reward_learning_rate: learning rate while the reward leads; None: the algorithm's own
-    :raises ValueError: if a weight is negative or a learning rate not positive
+    :param teacher_share: share of the training episodes that the teacher finishes while imitation leads, a number or a
+        schedule of the remaining progress
+    :raises ValueError: if a weight is negative, a learning rate not positive, or a share outside [0, 1]
     """
 
+    shares: Schedule | None = None
+    """``teacher_share`` as scheduled; None: the teacher never acts."""
+    teacher_share = 0.0
+    """Share of the episodes that the teacher finishes, of those that begin in the coming rollout."""
+
     def __init__(
-        self, distill_coef: float | Schedule, ppo_coef: float, reward_learning_rate: float | None = None
+        self,
+        distill_coef: float | Schedule,
+        ppo_coef: float,
+        reward_learning_rate: float | None = None,
+        teacher_share: float | Schedule = 0.0,
     ) -> None:
         if not callable(distill_coef) and not distill_coef >= 0:
             raise ValueError(f"distill_coef={distill_coef} must not be negative")
@@ -97,6 +108,10 @@ class Curriculum:
             raise ValueError(f"ppo_coef={ppo_coef} must not be negative")
         if reward_learning_rate is not None and not reward_learning_rate > 0:
             raise ValueError(f"reward_learning_rate={reward_learning_rate} must be positive")
+        if callable(teacher_share) or teacher_share != 0:
+            self.shares = FloatSchedule(teacher_share)
+            if not all(0 <= self.shares(progress) <= 1 for progress in (1.0, 0.0)):
+                raise ValueError(f"teacher_share={teacher_share} must lie between 0 and 1")
         self.schedule = FloatSchedule(distill_coef)
         self.ppo_coef = ppo_coef
         self.reward_learning_rate = reward_learning_rate
@@ -144,6 +159,8 @@ class Curriculum:
             self.distill_coef = self.residual_coef * min(left, 1.0)
         else:
             self.distill_coef = float(self.schedule(progress_remaining))
+        imitates = self.shares is not None and not self.reward_leads and self.distill_coef > 0
+        self.teacher_share = float(self.shares(progress_remaining)) if imitates else 0.0  # type: ignore[misc]
 
     @property
     def surrogate_coef(self) -> float:

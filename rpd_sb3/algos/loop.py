@@ -33,13 +33,15 @@ from rpd_sb3.algos.buffers import (
 )
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
-from rpd_sb3.contract.teacher import INFO_PREFIX, TeacherError
-from rpd_sb3.labelling.access import check_labels_given, set_label_fraction
+from rpd_sb3.contract.teacher import INFO_PREFIX, TAKEN_OVER, TeacherError
+from rpd_sb3.labelling.access import check_labels_given, check_teacher_acts, set_label_fraction, set_teacher_share
 
 Self = TypeVar("Self", bound="OnPolicyDistillation")
 
 TAKEN = "taken_action"
 """Column of the label replay beside the labels: what the student did."""
+OF_THE_RETURN = ("old_values", "old_log_prob", "advantages", "returns")
+"""Fields of a minibatch that mean nothing where the teacher acted."""
 MAX_MISSING = 0.5
 """Share of labels of one rollout that may fail to come before training stops."""
 
@@ -61,7 +63,12 @@ class OnPolicyDistillation(PPO):
         there on, and back if the success rate falls below half of that. None: no hand-over
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
-    :param label_fraction: share of transitions to label
+    :param label_fraction: share of the student's transitions to label
+    :param teacher_share: share of the training episodes that the teacher finishes, a number or a schedule of the remaining
+        progress: the student begins, and the teacher takes over at a random step
+        (:class:`~rpd_sb3.labelling.VecTeacher`), so that states that the student does not reach are labelled early.
+        Transitions on which the teacher acted are imitated, and are left out of the surrogate, the value loss and the
+        success rate. 0 while the reward leads
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
     :param replay_batch_size: pairs drawn from it for each minibatch; None: as many as the minibatch has
@@ -86,6 +93,7 @@ class OnPolicyDistillation(PPO):
         success_cutoff: float | None = None,
         reward_learning_rate: float | None = None,
         label_fraction: float = 1.0,
+        teacher_share: float | Schedule = 0.0,
         label_replay: int = 0,
         replay_batch_size: int | None = None,
         image_shift: int = 0,
@@ -107,7 +115,9 @@ class OnPolicyDistillation(PPO):
             raise ValueError(f"{type(self).__name__}: label_fraction={label_fraction} must lie in (0, 1]")
         if clip_range_high is not None and not clip_range_high > 0:
             raise ValueError(f"{type(self).__name__}: clip_range_high={clip_range_high} must be positive")
-        self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate)
+        self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share)
+        if self.curriculum.shares is not None and not self.needs:
+            raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")
         if success_cutoff is not None:
             self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True))
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
@@ -163,6 +173,8 @@ class OnPolicyDistillation(PPO):
     def _check_teacher(self) -> None:
         if self.needs and self.env is not None:
             check_labels_given(type(self).__name__, self.needs, self.env)
+            if self.curriculum.shares is not None:
+                check_teacher_acts(type(self).__name__, self.env)
 
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.
@@ -182,6 +194,8 @@ class OnPolicyDistillation(PPO):
         self.curriculum.update(self.num_timesteps, self._current_progress_remaining, success_rate)
         if self.needs:
             set_label_fraction(env, self.label_fraction if self.curriculum.distill_coef > 0 else 0.0)
+        if self.curriculum.shares is not None:
+            set_teacher_share(env, self.curriculum.teacher_share)
         completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         if self.needs and not completed:
             # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
@@ -191,7 +205,8 @@ class OnPolicyDistillation(PPO):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 calls this once for each step that goes into the rollout buffer, and never for an aborted one.
-        super()._update_info_buffer(infos, dones)
+        # An episode that the teacher has helped with says nothing of the student's success.
+        super()._update_info_buffer([{} if info.get(TAKEN_OVER, False) else info for info in infos], dones)
         if self.needs:
             self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
 
@@ -200,6 +215,8 @@ class OnPolicyDistillation(PPO):
             return
         buffer: Any = self.rollout_buffer
         missing = buffer.gather_labels(self.needs)
+        if self.curriculum.shares is not None:
+            self.logger.record("rollout/teacher_share", float(buffer.teacher_acted.mean()))
         if self.curriculum.distill_coef == 0:
             return
         if missing > MAX_MISSING:
@@ -260,20 +277,31 @@ class OnPolicyDistillation(PPO):
     def _ppo_losses(
         self, batch: LabelledSamples, logs: defaultdict[str, list[float]]
     ) -> tuple[Student, th.Tensor, th.Tensor, float]:
-        """Surrogate (with entropy bonus), value loss and approximate KL of one minibatch, as SB3 computes them."""
+        """Surrogate (with entropy bonus), value loss and approximate KL of one minibatch, as SB3 computes them.
+
+        Of the transitions on which the student acted; all zero if there are none.
+        """
         actions = batch.actions
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
         student = Student(copy(self.policy.action_dist), values.flatten(), log_prob, entropy)
+        values, log_prob, entropy = student[1:]
+        own = ~batch.teacher_acted
+        if not own.any():
+            zero = 0.0 * values.sum()
+            return student, zero, zero, 0.0
+        if not own.all():
+            batch = batch._replace(**{name: getattr(batch, name)[own] for name in OF_THE_RETURN})
+            values, log_prob, entropy = values[own], log_prob[own], None if entropy is None else entropy[own]
 
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         probs = log_prob, batch.old_log_prob
         policy_loss, ratio = clipped_surrogate(*probs, self._advantages(batch), clip_range, self.clip_range_high)
-        values_pred = student.values
+        values_pred = values
         if self.clip_range_vf is not None:
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
-            values_pred = batch.old_values + th.clamp(student.values - batch.old_values, -clip_range_vf, clip_range_vf)
+            values_pred = batch.old_values + th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)
         value_loss = F.mse_loss(batch.returns, values_pred)
         entropy_loss = -th.mean(-log_prob) if entropy is None else -th.mean(entropy)
         with th.no_grad():
@@ -294,8 +322,11 @@ class OnPolicyDistillation(PPO):
         """Record the means over the minibatches, and SB3's own entries, under ``train/``."""
         record, buffer = self.logger.record, self.rollout_buffer
         for name, numbers in values.items():
-            record(f"train/{name}", safe_mean(numbers))
-        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+            if numbers:  # else the teacher acted on all transitions
+                record(f"train/{name}", safe_mean(numbers))
+        if len(own := np.flatnonzero(~buffer.teacher_acted.T)):  # type: ignore[attr-defined]
+            values_and_returns = buffer.values.flatten()[own], buffer.returns.flatten()[own]
+            record("train/explained_variance", explained_variance(*values_and_returns))
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")

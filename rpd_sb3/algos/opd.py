@@ -122,7 +122,8 @@ class OPD(GroupedRollouts):
         logs = token_statistics(student_logits.detach(), teacher_logits, labelled)
         if "logits" in batch.labels:  # on the student's own actions, also with a label replay
             own = token_log_prob(self.teacher_log_probs(batch.labels["logits"]), batch.actions).sum(dim=1)
-            logs["k3"] = masked_mean(k3(student.log_prob.detach(), own), batch.labelled).item()
+            sampled = batch.labelled & ~batch.teacher_acted
+            logs["k3"] = masked_mean(k3(student.log_prob.detach(), own), sampled).item()
         return loss, logs
 
     def teacher_log_probs(self, logits: th.Tensor) -> th.Tensor:

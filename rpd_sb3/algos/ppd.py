@@ -88,7 +88,8 @@ class PPD(OnPolicyDistillation):
             normal: Any = distribution.distribution
             pair = (*teacher, normal.mean, normal.stddev) if forward else (normal.mean, normal.stddev, *teacher)
             kl = gaussian_kl(*pair)
-        ratio = th.exp(student.log_prob - batch.old_log_prob)
+        # Where the teacher acted there is no probability of the student's to compare with: the KL counts once.
+        ratio = th.exp((student.log_prob - batch.old_log_prob).masked_fill(batch.teacher_acted, 0.0))
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         return masked_mean(ratio_weighted(kl, ratio, clip_range), batch.labelled), {
             "distill_kl": masked_mean(kl, batch.labelled).item()

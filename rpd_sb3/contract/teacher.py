@@ -19,6 +19,15 @@ TEACHER_PREFIX = "teacher/"
 INFO_PREFIX = "teacher_"
 """``info[INFO_PREFIX + name]`` is the teacher's label of that name for the transition."""
 
+TEACHER_ACTED = INFO_PREFIX + "acted"
+"""``info[TEACHER_ACTED]``: whether the teacher acted in this transition; there while it acts in some episodes."""
+
+TAKEN_OVER = "taken_over"
+"""``info[TAKEN_OVER]``, beside it: whether the teacher has acted in this transition or in one before, of the same episode."""
+
+EXECUTED_ACTION = "executed_action"
+"""``info[EXECUTED_ACTION]``: the teacher's action as the environment got it, where the teacher acted."""
+
 TIMEOUT = 60.0
 """Seconds that a teacher has for an answer, by default: of those who ask, and of the clients that they ask through."""
 

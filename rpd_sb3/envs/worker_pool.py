@@ -13,6 +13,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from copy import copy
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NamedTuple
@@ -39,6 +40,15 @@ Rows = dict[Any, np.ndarray]
 """SB3's key of each part of an observation (None if there is only one) to an array of N rows."""
 
 
+class PendingRows(NamedTuple):
+    """A step of some environments that is being made."""
+
+    rows: np.ndarray
+    """(n,) environments, those of one worker after those of another."""
+    commands: list[tuple[int, int]]
+    """Workers that make it, and the number of the command that each has got."""
+
+
 class WorkerPoolVecEnv(VecEnv):
     """Steps N environments in as many worker processes as there are cores, each with an equal share of them.
 
@@ -46,6 +56,9 @@ class WorkerPoolVecEnv(VecEnv):
     start-up time and, for environments of about 2 ms per step, a third of the throughput. An exception in an
     environment arrives here with its traceback, and a worker that dies is an error, not a wait.
     Observations, terminal ones too, lie in memory that all processes share; everything else is pickled.
+
+    Some environments can be stepped while others wait for their actions: :meth:`step_rows_async`. The workers make such
+    steps in the order in which they get them.
 
     :param env_fns: one function for each environment
     :param n_workers: number of processes; None: one per core, at most N
@@ -63,6 +76,7 @@ class WorkerPoolVecEnv(VecEnv):
         self._remotes: list[Connection] = []
         self._processes = []
         self._sent = [0] * n_workers  # commands so far: a worker's answer carries the number of its command
+        self._received = [-1] * n_workers  # number of the last answer
         for rows in self._rows:
             remote, worker_remote = context.Pipe()
             fns = CloudpickleWrapper([env_fns[i] for i in rows])
@@ -103,17 +117,64 @@ class WorkerPoolVecEnv(VecEnv):
             self._receive(worker)
 
     def step_async(self, actions: np.ndarray) -> None:
-        for worker, rows in enumerate(self._rows):
-            self._send(worker, "step", actions[rows])
+        commands = [(worker, self._send(worker, "step", None, actions[rows])) for worker, rows in enumerate(self._rows)]
+        self._pending = PendingRows(np.arange(self.num_envs), commands)
 
     def step_wait(self) -> VecEnvStepReturn:
-        results = [self._receive(worker) for worker in range(len(self._rows))]
+        rewards, dones, infos = self.step_rows_wait(self._pending)
+        return self.read_observations(), rewards, dones, infos
+
+    def halves(self, order: np.ndarray) -> list[np.ndarray]:
+        """The environments in two turns, so that one half can step while somebody decides on the actions of the other.
+
+        :param order: ``(N,)`` of each worker's environments, those with the smaller numbers are in the first turn
+        :return: environments of the turns; one that has none is left out
+        """
+        turns: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+        for worker, rows in enumerate(self._rows):
+            sorted_rows = rows[np.argsort(order[rows], kind="stable")]
+            middle = (
+                len(rows) + (worker + 1) % 2
+            ) // 2  # of odd numbers, every other worker has the greater half first
+            turns[0].append(np.sort(sorted_rows[:middle]))
+            turns[1].append(np.sort(sorted_rows[middle:]))
+        return [rows for rows in map(np.concatenate, turns) if len(rows)]
+
+    def step_rows_async(self, rows: np.ndarray, actions: np.ndarray) -> PendingRows:
+        """Step some environments; none of them may have a step that was not waited for.
+
+        :param rows: ``(n,)`` environments, sorted
+        :param actions: ``(n, ...)``
+        """
+        commands = []
+        for worker, mine in enumerate(self._rows):
+            wanted = slice(*np.searchsorted(rows, (mine[0], mine[-1] + 1)))
+            if len(rows[wanted]):
+                commands.append((worker, self._send(worker, "step", rows[wanted] - mine[0], actions[wanted])))
+        return PendingRows(rows, commands)
+
+    def step_rows_wait(self, pending: PendingRows) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Wait for a step of some environments; steps that were begun before it must have been waited for.
+
+        :param pending: result of :meth:`step_rows_async`
+        :return: rewards and dones ``(n,)``, and n infos; :meth:`read_observations` has the observations
+        """
+        results = [self._receive(worker, number) for worker, number in pending.commands]
         rewards, dones, parts, reset_infos = zip(*results, strict=True)
-        self.reset_infos = [info for part in reset_infos for info in part]
         ended, infos = np.concatenate(dones), [info for part in parts for info in part]
-        for env in np.flatnonzero(ended):
-            infos[env]["terminal_observation"] = self._block.read_terminal(int(env))
-        return self._block.read_current(), np.concatenate(rewards), ended, infos
+        begun = [info for part in reset_infos for info in part]
+        for i in np.flatnonzero(ended):
+            env = int(pending.rows[i])
+            infos[i]["terminal_observation"] = self._block.read_terminal(env)
+            self.reset_infos[env] = begun[i]
+        return np.concatenate(rewards), ended, infos
+
+    def read_observations(self, rows: np.ndarray | None = None) -> VecEnvObs:
+        """A copy of the current observations.
+
+        :param rows: ``(n,)`` environments, none of which is being stepped; None: all
+        """
+        return self._block.read_current(rows)
 
     def reset(self) -> VecEnvObs:
         for worker, rows in enumerate(self._rows):
@@ -122,7 +183,7 @@ class WorkerPoolVecEnv(VecEnv):
         self.reset_infos = [info for reset_infos in results for info in reset_infos]
         self._reset_seeds()
         self._reset_options()
-        return self._block.read_current()
+        return self.read_observations()
 
     def close(self) -> None:
         if self.closed:
@@ -171,19 +232,26 @@ class WorkerPoolVecEnv(VecEnv):
             results.update(zip(rows_asked, values, strict=True))
         return [results[i] for i in wanted]
 
-    def _send(self, worker: int, command: str, *data: Any) -> None:
+    def _send(self, worker: int, command: str, *data: Any) -> int:
+        """Give a worker a command; its number is returned."""
         self._sent[worker] += 1
         try:
             self._remotes[worker].send((self._sent[worker], command, data))
         except OSError as error:
             raise self._died(worker) from error
+        return self._sent[worker]
 
-    def _receive(self, worker: int) -> Any:
-        """The answer to the worker's last command. Older ones, left unread by an exception in between, are dropped."""
-        number = None
-        while number != self._sent[worker]:
+    def _receive(self, worker: int, number: int | None = None) -> Any:
+        """The answer to a command of the worker. Older ones, left unread by an exception in between, are dropped.
+
+        :param number: of the command; None: the last one
+        """
+        wanted = self._sent[worker] if number is None else number
+        if self._received[worker] >= wanted:
+            raise RuntimeError(f"environment worker {worker}: the answer to a step was dropped by a later command")
+        while self._received[worker] < wanted:
             try:
-                number, failed, result = self._remotes[worker].recv()
+                self._received[worker], failed, result = self._remotes[worker].recv()
             except (EOFError, OSError) as error:
                 raise self._died(worker) from error
         if failed:
@@ -227,8 +295,7 @@ def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
 
 def _obey(venv: SharedDummyVecEnv, command: str, data: tuple[Any, ...]) -> Any:
     if command == "step":
-        _, rewards, dones, infos = venv.step(data[0])
-        return rewards, dones, infos, venv.reset_infos
+        return venv.step_rows(*data)
     if command == "reset":
         venv._seeds, venv._options = data
         venv.reset()
@@ -259,9 +326,11 @@ class ObservationBlock(NamedTuple):
     terminal: Rows
     """Last observations of the episodes that ended in this step; other rows mean nothing."""
 
-    def read_current(self) -> VecEnvObs:
-        """A copy of all current observations, as SB3's VecEnvs give them."""
-        return dict_to_obs(self.space, {key: values.copy() for key, values in self.current.items()})
+    def read_current(self, rows: np.ndarray | None) -> VecEnvObs:
+        """A copy of the current observations of these rows, as SB3's VecEnvs give them; None: of all."""
+        if rows is None:
+            return dict_to_obs(self.space, {key: values.copy() for key, values in self.current.items()})
+        return dict_to_obs(self.space, {key: values[rows] for key, values in self.current.items()})
 
     def read_terminal(self, env: int) -> VecEnvObs:
         """A copy of the terminal observation of one environment."""
@@ -308,6 +377,33 @@ class SharedDummyVecEnv(DummyVecEnv):
         rows = slice(first_row, first_row + self.num_envs)
         self.buf_obs = {key: values[rows] for key, values in block.current.items()}  # type: ignore[assignment]
         self._terminal = {key: values[rows] for key, values in block.terminal.items()}
+        self._alone = [self._only(row) for row in range(self.num_envs)]
+
+    def _only(self, row: int) -> SharedDummyVecEnv:
+        """A VecEnv of one of our environments, which writes where we do."""
+        one, at = copy(self), slice(row, row + 1)
+        one.num_envs, one.envs = 1, self.envs[at]
+        one.buf_obs = {key: values[at] for key, values in self.buf_obs.items()}  # type: ignore[assignment]
+        one._terminal = {key: values[at] for key, values in self._terminal.items()}
+        one.buf_rews, one.buf_dones = self.buf_rews[at], self.buf_dones[at]
+        one.buf_infos, one.reset_infos = [{}], [{}]
+        return one
+
+    def step_rows(self, rows: np.ndarray | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list, list]:
+        """Step some environments.
+
+        :param rows: ``(n,)`` of our environments; None: all
+        :param actions: ``(n, ...)``
+        :return: rewards and dones ``(n,)``, n infos, and n infos of the last reset
+        """
+        if rows is None:
+            _, rewards, dones, infos = self.step(actions)
+            return rewards, dones, infos, self.reset_infos
+        envs = [self._alone[row] for row in rows]
+        steps = [env.step(actions[i : i + 1])[1:] for i, env in enumerate(envs)]
+        parts, ended, infos_of = zip(*steps)
+        reset_infos = [env.reset_infos[0] for env in envs]
+        return np.concatenate(parts), np.concatenate(ended), [info for (info,) in infos_of], reset_infos
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = super().step_wait()

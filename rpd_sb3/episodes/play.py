@@ -14,11 +14,9 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from rpd_sb3.contract.bins import to_tokens, token_bins
 from rpd_sb3.contract.statistics import wilson_interval
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.envs.action_tokens import find_token_bounds
 from rpd_sb3.envs.factory import evaluation_options
 from rpd_sb3.episodes.rng import preserved_rng
 from rpd_sb3.labelling import VecTeacher
@@ -133,15 +131,7 @@ def teacher_actor(venv: VecEnv) -> Actor:
     """The teacher's action label, clipped to the action space or as tokens; the observation is the teacher's own."""
     vec_teacher = find_vec_teacher(venv)
     assert vec_teacher is not None, "these environments have no teacher"
-    space = venv.action_space
-    n_bins = None if vec_teacher.teacher.spec.action_space == space else token_bins(space)
-    bounds = find_token_bounds(venv)
-
-    def act(obs: Any, episode_starts: np.ndarray) -> np.ndarray:
-        action = vec_teacher.adapter.clip(vec_teacher.label()["action"])
-        return action if n_bins is None else to_tokens(action, n_bins, bounds)
-
-    return act
+    return lambda obs, episode_starts: vec_teacher.to_env_actions(vec_teacher.label()["action"])
 
 
 class EvalResult(NamedTuple):

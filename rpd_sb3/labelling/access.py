@@ -46,3 +46,25 @@ def set_label_fraction(venv: VecEnv, fraction: float) -> None:
         vec_teacher.set_label_fraction(fraction)
     else:
         venv.env_method("set_label_fraction", fraction)
+
+
+def check_teacher_acts(name: str, venv: VecEnv) -> None:
+    """Check that the environments' teacher can act.
+
+    :param name: of the algorithm
+    :raises ValueError: if it cannot
+    """
+    vec_teacher = find_vec_teacher(venv)
+    if vec_teacher is None:
+        raise ValueError(
+            f"{name}: teacher_share needs a VecTeacher around the VecEnv, e.g. {name}(policy, VecTeacher(env, teacher), "
+            "teacher_share=0.5); a TeacherWrapper labels, but does not act"
+        )
+    vec_teacher.check_can_act()
+
+
+def set_teacher_share(venv: VecEnv, share: float) -> None:
+    """Change the share of episodes that the teacher finishes, in an environment that has passed :func:`check_teacher_acts`."""
+    vec_teacher = find_vec_teacher(venv)
+    assert vec_teacher is not None, "checked before"
+    vec_teacher.set_teacher_share(share)

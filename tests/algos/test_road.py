@@ -147,7 +147,7 @@ def test_reference_advantages_leave_the_rollout_alone(reference: str) -> None:
 def handmade(logits: th.Tensor, actions: th.Tensor, weight: th.Tensor) -> tuple[LabelledSamples, Student]:
     """A minibatch of nothing but tokens and weights, and the student's logits (B, K, V) on it."""
     none = th.zeros(len(actions))
-    batch = LabelledSamples(none, actions, none, none, none, none, {"weight": weight}, none == 0)
+    batch = LabelledSamples(none, actions, none, none, none, none, {"weight": weight}, none == 0, none != 0)
     return batch, Student(TokenDistribution(*logits.shape[1:]).proba_distribution(logits), none, none, None)
 
 

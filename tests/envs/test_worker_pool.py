@@ -178,6 +178,66 @@ def test_infos_belong_to_their_environments() -> None:
     pool.close()
 
 
+def step_in_turns(pool: WorkerPoolVecEnv, actions: np.ndarray, order: np.ndarray) -> tuple[Any, ...]:
+    """The same as ``pool.step(actions)``, with both turns on their way at a time."""
+    rewards, dones = np.zeros(pool.num_envs, np.float32), np.zeros(pool.num_envs, bool)
+    infos: list[Any] = [None] * pool.num_envs
+    pending = [pool.step_rows_async(rows, actions[rows]) for rows in pool.halves(order)]
+    for turn in pending:
+        rewards[turn.rows], dones[turn.rows], parts = pool.step_rows_wait(turn)
+        for row, info in zip(turn.rows, parts):
+            infos[row] = info
+        np.testing.assert_array_equal(pool.read_observations(turn.rows)[:, 0], turn.rows)
+    return pool.read_observations(), rewards, dones, infos
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 5])
+def test_steps_in_turns_are_those_of_a_dummy_vec_env(n_workers: int) -> None:
+    def fns() -> list[Any]:
+        return [lambda i=i: CountingEnv(i, length=2 + i, reward=lambda action: float(action[0])) for i in range(5)]
+
+    pool, dummy = WorkerPoolVecEnv(fns(), n_workers), DummyVecEnv(fns())
+    np.testing.assert_array_equal(pool.reset(), dummy.reset())
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        actions = rng.uniform(-1, 1, (5, 2)).astype(np.float32)
+        # At once now and then: what a turn has changed is there in the steps after it.
+        ours = pool.step(actions) if step % 4 == 3 else step_in_turns(pool, actions, rng.permutation(5))
+        theirs = dummy.step(actions)
+        for mine, wanted in zip(ours[:3], theirs[:3], strict=True):
+            np.testing.assert_array_equal(mine, wanted, strict=True)
+        for mine, wanted in zip(ours[3], theirs[3], strict=True):
+            assert mine.keys() == wanted.keys()
+            assert mine["TimeLimit.truncated"] == wanted["TimeLimit.truncated"]
+            for key in mine.keys() - {"TimeLimit.truncated"}:
+                np.testing.assert_array_equal(mine[key], wanted[key])
+    pool.close()
+
+
+def test_turns_are_halves_of_each_worker_in_the_order_wanted() -> None:
+    pool = WorkerPoolVecEnv(make_fns(7), 2)  # 0 to 3, 4 to 6
+    first, second = pool.halves(np.array([9, 0, 0, 9, 2, 1, 0]))
+    assert (first.tolist(), second.tolist()) == ([1, 2, 6], [0, 3, 4, 5])
+    pool.close()
+    pool = WorkerPoolVecEnv(make_fns(3), 3)
+    assert [rows.tolist() for rows in pool.halves(np.zeros(3))] == [[0, 2], [1]], "workers take turns"
+    pool.close()
+
+
+def test_information_of_resets_is_that_of_the_last_one() -> None:
+    class Told(CountingEnv):
+        def reset(self, **kwargs: Any) -> Any:
+            return super().reset(**kwargs)[0], {"episode": self.episode}
+
+    pool = WorkerPoolVecEnv([lambda i=i: Told(i, length=1 + i) for i in range(2)], 1)
+    pool.reset()
+    for step, episodes in enumerate(([1, 0], [2, 1], [3, 1], [4, 2])):
+        actions = np.zeros((2, 2), np.float32)
+        pool.step(actions) if step % 2 else step_in_turns(pool, actions, np.zeros(2))
+        assert [info["episode"] for info in pool.reset_infos] == episodes
+    pool.close()
+
+
 def test_methods_and_attributes_reach_the_asked_environments_in_order() -> None:
     pool = WorkerPoolVecEnv(make_fns(5), 2)
     assert pool.get_attr("number") == [0, 1, 2, 3, 4]
@@ -229,7 +289,13 @@ def be_interrupted(pool: WorkerPoolVecEnv) -> None:
     raise RuntimeError("it stumbled")
 
 
-@pytest.mark.parametrize("fail", [fail_in_step, fail_in_reset, fail_in_a_method, be_interrupted])
+def fail_in_a_turn(pool: WorkerPoolVecEnv) -> None:
+    actions = np.array([[-1, 0], [0, 0], [-1, 0]], np.float32)
+    for turn in [pool.step_rows_async(rows, actions[rows]) for rows in pool.halves(np.zeros(3))]:
+        pool.step_rows_wait(turn)
+
+
+@pytest.mark.parametrize("fail", [fail_in_step, fail_in_reset, fail_in_a_method, be_interrupted, fail_in_a_turn])
 def test_after_an_error_the_next_command_gets_its_own_answers(fail: Callable[[WorkerPoolVecEnv], None]) -> None:
     pool = WorkerPoolVecEnv([lambda i=i: Stumbling(i, length=9) for i in range(3)], 3)
     pool.reset()
@@ -244,6 +310,16 @@ def test_after_an_error_the_next_command_gets_its_own_answers(fail: Callable[[Wo
         obs, _, dones, infos = pool.step(np.zeros((3, 2), np.float32))
         assert obs[:, 2].tolist() == [info["here"][2] for info in infos] == [t] * 3
         assert not dones.any()
+    pool.close()
+
+
+def test_a_step_whose_answer_a_later_command_dropped_is_an_error_and_not_a_wait() -> None:
+    pool = WorkerPoolVecEnv(make_fns(2), 1)
+    pool.reset()
+    pool.step_async(np.zeros((2, 2), np.float32))
+    pool.get_attr("number")
+    with pytest.raises(RuntimeError, match="worker 0: the answer to a step was dropped by a later command"):
+        pool.step_wait()
     pool.close()
 
 
@@ -264,5 +340,7 @@ def test_a_dead_worker_is_an_error_and_not_a_wait() -> None:
     pool._processes[1].join(5)
     with pytest.raises(RuntimeError, match="environment worker 1 of 2 died with exit code -9"):
         pool.step(np.zeros((2, 2), np.float32))
+    with pytest.raises(RuntimeError, match="environment worker 1 of 2 died with exit code -9"):
+        step_in_turns(pool, np.zeros((2, 2), np.float32), np.zeros(2))
     pool.close()
     assert not any(process.is_alive() for process in pool._processes)
