@@ -38,6 +38,8 @@ class LabelledSamples(NamedTuple):
     """Label name to ``(B, ...)``; zero where there is no label."""
     labelled: th.Tensor
     """``(B,)`` bool: True where the teacher has answered."""
+    replayed: bool = False
+    """True for pairs of the label replay: values, log_prob, advantages and returns of the rollout are empty."""
 
 
 class Student(NamedTuple):
@@ -46,9 +48,9 @@ class Student(NamedTuple):
     distribution: Distribution
     """Action distribution of the B observations."""
     values: th.Tensor
-    """``(B,)``"""
+    """``(B,)``; empty for pairs of the label replay."""
     log_prob: th.Tensor
-    """``(B,)`` of the actions that were taken."""
+    """``(B,)`` of the actions that were taken; empty for pairs of the label replay."""
     entropy: th.Tensor | None
     """``(B,)``; None if it has no closed form."""
 

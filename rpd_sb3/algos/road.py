@@ -79,7 +79,7 @@ class ROAD(OnPolicyDistillation):
         check_choice("ROAD", "token_reduction", token_reduction, ("mean", "sum"))
         if not 0 <= alpha <= 1:
             raise ValueError(f"ROAD: alpha={alpha} must lie in [0, 1]")
-        for key, unused in {"label_replay": 0, "label_fraction": 1.0}.items():
+        for key, unused in {"label_replay": 0, "label_fraction": 1.0, "imitation_updates": None}.items():
             if kwargs.get(key, unused) != unused:
                 raise ValueError(f"ROAD: {key}={kwargs[key]} is for a teacher's labels, and ROAD asks no teacher")
         if eta <= 0 or weight_clip <= 0:
