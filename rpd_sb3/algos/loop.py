@@ -18,7 +18,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, Schedule, TensorDict
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor, safe_mean, update_learning_rate
+from stable_baselines3.common.utils import explained_variance, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
@@ -28,12 +28,11 @@ from rpd_sb3.algos.buffers import (
     LabelledDictRolloutBuffer,
     LabelledRolloutBuffer,
     LabelledSamples,
-    LabelReplay,
-    Observation,
     Student,
 )
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
+from rpd_sb3.algos.replay import LabelReplay, Pairs, check_fits, check_replay_device, choose_device, pair_bytes
 from rpd_sb3.contract.teacher import INFO_PREFIX, TeacherError
 from rpd_sb3.labelling.access import check_labels_given, set_label_fraction
 
@@ -70,6 +69,8 @@ class OnPolicyDistillation(PPO):
         ``replay_batch_size`` pairs of the label replay: 1/8 of 256 pairs are 32 gradients for each transition. They follow
         PPO's epochs, which are left out where they have nothing to learn (no surrogate, no value loss, no entropy bonus).
         None: no steps of its own, the imitation term is a part of each minibatch of PPO's epochs
+    :param replay_device: where the label replay lies: ``cuda``, ``cpu`` (the host's memory; with a model on a GPU, the next
+        pairs are fetched while it computes), or ``auto``: the model's device if the full replay fits there, else ``cpu``
     :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.algos.augmentation`)
     :param ppo_coef: weight of the surrogate
     :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
@@ -94,6 +95,7 @@ class OnPolicyDistillation(PPO):
         label_replay: int = 0,
         replay_batch_size: int | None = None,
         imitation_updates: float | None = None,
+        replay_device: str = "auto",
         image_shift: int = 0,
         ppo_coef: float = 1.0,
         clip_range_high: float | None = None,
@@ -119,6 +121,7 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs an algorithm "
                 f"with a teacher, label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
             )
+        check_replay_device(type(self).__name__, replay_device)
         self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate)
         if success_cutoff is not None:
             self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True))
@@ -127,6 +130,7 @@ class OnPolicyDistillation(PPO):
         self.label_replay = label_replay
         self.replay_batch_size = replay_batch_size
         self.imitation_updates = imitation_updates
+        self.replay_device = replay_device
         self._owed_updates = 0.0
         self.image_shift = image_shift
         self.clip_range_high = clip_range_high
@@ -142,7 +146,20 @@ class OnPolicyDistillation(PPO):
             dict_obs = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
         super()._setup_model()
-        self.label_replay_buffer = LabelReplay(self.label_replay) if self.label_replay else None
+        self.label_replay_buffer = None
+        if self.label_replay:
+            n_bytes = self.label_replay * self._pair_bytes()
+            device = choose_device(self.replay_device, self.device, n_bytes)
+            self.label_replay_buffer = LabelReplay(self.label_replay, device)
+            self._check_replay()
+
+    def _pair_bytes(self) -> int:
+        return pair_bytes(self.observation_space, self.action_space, self.needs)
+
+    def _check_replay(self) -> None:
+        replay = self.label_replay_buffer
+        if replay is not None and replay.size == 0 and self.env is not None:  # without one it only acts
+            check_fits(type(self).__name__, replay.capacity, self._pair_bytes(), replay.device, self.device)
 
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
@@ -160,17 +177,17 @@ class OnPolicyDistillation(PPO):
         """What the imitation term is computed on: the minibatch, or pairs of the label replay in its place; images shifted."""
         replay = self.label_replay_buffer
         if not batch.replayed and replay is not None and replay.size > 0:
-            pairs = replay.sample(self.replay_batch_size or len(batch.labelled))
-            batch, student = self._on_pairs(*pairs)
+            n = self.replay_batch_size or len(batch.labelled)
+            batch, student = self._on_pairs(replay.sample(n, self.device))
         elif not batch.replayed and self.image_shift > 0:
             obs = shifted_images(batch.observations, self.observation_space, self.image_shift)
             student = self._student_on(obs, batch.actions)
         return Imitation(student.distribution, batch.labels, batch.labelled)
 
-    def _on_pairs(self, observations: Observation, labels: dict[str, np.ndarray]) -> tuple[LabelledSamples, Student]:
+    def _on_pairs(self, pairs: Pairs) -> tuple[LabelledSamples, Student]:
         """Pairs of the label replay, images shifted, and the student there."""
-        obs = shifted_images(obs_as_tensor(observations, self.device), self.observation_space, self.image_shift)
-        targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
+        obs = shifted_images(pairs.observations, self.observation_space, self.image_shift)
+        targets = dict(pairs.labels)
         actions, empty = targets.pop(TAKEN), th.empty(0)
         labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
         batch = LabelledSamples(obs, actions, empty, empty, empty, empty, targets, labelled, replayed=True)
@@ -191,9 +208,10 @@ class OnPolicyDistillation(PPO):
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.
 
-        :raises ValueError: if the environment has no teacher that gives the labels
+        :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit
         """
         self._check_teacher()
+        self._check_replay()
         named = {} if len(args) >= 4 else {"tb_log_name": type(self).__name__}
         return super().learn(*args, **(named | kwargs))
 
@@ -293,8 +311,8 @@ class OnPolicyDistillation(PPO):
         n_updates = round(self._owed_updates)
         self._owed_updates -= n_updates  # a fraction is left for the next rollout
         losses = []
-        for _ in range(n_updates):
-            loss, values = self.distill_loss(*self._on_pairs(*replay.sample(self.replay_batch_size)))  # type: ignore[arg-type]
+        for pairs in replay.batches(n_updates, self.replay_batch_size or 0, self.device):
+            loss, values = self.distill_loss(*self._on_pairs(pairs))
             self._descend(distill_coef * loss)
             losses.append(loss.detach())  # read at the end: a GPU would have to be waited for
             for name, value in values.items():
