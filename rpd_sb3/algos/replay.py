@@ -205,7 +205,7 @@ class _Transfer:
         for name, values in self.arrays.items():
             np.take(values.numpy(), rows, axis=0, out=buffer[name].numpy(), mode="clip")  # other modes need a copy
         with th.cuda.stream(self._stream):
-            batch = {name: v.to(self.device, non_blocking=True, copy=True) for name, v in buffer.items()}
+            batch = {name: v.to(self.device, non_blocking=True) for name, v in buffer.items()}
             copied = self._stream.record_event() if self._stream is not None else None
         self._buffers.append(buffer)
         self._copied.append(copied)

@@ -135,11 +135,11 @@ def test_the_mean_loss_of_the_steps_is_logged() -> None:
 
 
 def test_nothing_is_owed_while_the_reward_leads() -> None:
-    teacher = EchoTeacher()
-    model = make(1.0, teacher, distill_coef=0.0)
-    before = {name: values.clone() for name, values in model.policy.state_dict().items()}
-    assert_equal(learned(model), before)
-    assert teacher.queries == []
+    model, watch = make(1.0, distill_coef=lambda progress: float(progress > 0.6)), Watch()
+    model.learn(3 * ROLLOUT, callback=watch)
+    assert watch.counts == [0, ROLLOUT, 2 * ROLLOUT]
+    assert watch.n_steps == 2 * ROLLOUT, "the last rollout begins at a third"
+    assert model.label_replay_buffer.size == 2 * ROLLOUT  # type: ignore[union-attr]
     assert model._owed_updates == 0.0
 
 

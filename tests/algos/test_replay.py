@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import tracemalloc
 import zipfile
@@ -152,7 +153,7 @@ def test_fetched_batches_are_those_that_would_have_been_drawn() -> None:
     expected = [replay.sample(16) for _ in range(7)]
     for elsewhere in (CPU, th.device("cpu", 0)):  # the second counts as another device
         np.random.seed(5)  # noqa: NPY002
-        for one, other in zip(expected, replay.batches(7, 16, elsewhere), strict=True):
+        for one, other in zip(expected, list(replay.batches(7, 16, elsewhere)), strict=True):
             for name, values in one.observations.items():  # type: ignore[union-attr]
                 assert th.equal(other.observations[name], values)  # type: ignore[index]
                 assert other.observations[name].dtype == values.dtype  # type: ignore[index]
@@ -162,19 +163,19 @@ def test_fetched_batches_are_those_that_would_have_been_drawn() -> None:
 
 def test_the_next_one_is_made_while_this_one_is_in_use() -> None:
     began = [threading.Event() for _ in range(4)]
-    numbers = iter(range(4))
+    made: list[int] = []
 
     def make() -> int:
-        i = next(numbers)
-        began[i].set()
-        return i
+        made.append(len(made))
+        began[made[-1]].set()
+        return made[-1]
 
     got = []
     for i in prefetched(make, 4):
         got.append(i)
         assert i == 3 or began[i + 1].wait(timeout=10)
     assert got == [0, 1, 2, 3]
-    assert next(numbers, None) is None
+    assert made == got
 
 
 def test_an_error_of_the_thread_is_raised() -> None:
@@ -287,4 +288,11 @@ def test_without_a_limit_the_machine_counts(tmp_path: Path) -> None:
     for name, text in {"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 50"}.items():
         (tmp_path / name).write_text(text)
     assert replay_module._container_bytes(str(tmp_path)) is None
-    assert replay_module.free_bytes(CPU) is None or replay_module.free_bytes(CPU) > 2**20  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="Linux tells what is available there")
+def test_what_the_machine_can_give_lies_between_its_free_and_all_of_its_memory() -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    available = replay_module._available_bytes()
+    assert available is not None
+    assert os.sysconf("SC_AVPHYS_PAGES") * page / 2 < available < os.sysconf("SC_PHYS_PAGES") * page
