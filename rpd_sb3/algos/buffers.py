@@ -1,12 +1,11 @@
-"""SB3's rollout buffers without their copies and with teacher labels, a store of past labels, and what the losses see.
+"""SB3's rollout buffers without their copies and with teacher labels, and what the losses see.
 
 Shape letters: T steps, E environments, B minibatch.
 """
 
 from __future__ import annotations
 
-import zipfile
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -17,12 +16,6 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
 from rpd_sb3.contract.teacher import EXECUTED_ACTION, INFO_PREFIX, TEACHER_ACTED
-
-Observation = np.ndarray | dict[str, np.ndarray]
-CHUNK = 64
-"""Pairs that the label replay copies at a time."""
-READ_BYTES = 2**22
-"""Bytes that the label replay reads from a file at a time."""
 
 
 class LabelledSamples(NamedTuple):
@@ -40,6 +33,8 @@ class LabelledSamples(NamedTuple):
     """``(B,)`` bool: True where the teacher has answered."""
     teacher_acted: th.Tensor
     """``(B,)`` bool: True where ``actions`` are the teacher's: nothing there is known of the student's return."""
+    replayed: bool = False
+    """True for pairs of the label replay: values, log_prob, advantages and returns of the rollout are empty."""
 
 
 class Student(NamedTuple):
@@ -48,9 +43,9 @@ class Student(NamedTuple):
     distribution: Distribution
     """Action distribution of the B observations."""
     values: th.Tensor
-    """``(B,)``"""
+    """``(B,)``; empty for pairs of the label replay."""
     log_prob: th.Tensor
-    """``(B,)`` of the actions that were taken."""
+    """``(B,)`` of the actions that were taken; empty for pairs of the label replay."""
     entropy: th.Tensor | None
     """``(B,)``; None if it has no closed form."""
 
@@ -214,97 +209,3 @@ class LabelledRolloutBuffer(_LabelsMixin, CompactRolloutBuffer):  # type: ignore
 
 class LabelledDictRolloutBuffer(_LabelsMixin, CompactDictRolloutBuffer):  # type: ignore[misc]
     """:class:`CompactDictRolloutBuffer` with teacher labels."""
-
-
-class LabelReplay:
-    """The last ``capacity`` (observation, label) pairs: labels do not depend on the student, so they stay valid.
-
-    Dataset aggregation as in DAgger (Ross et al., 2011), for the imitation term only.
-
-    :param capacity: number of pairs to keep
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.size = 0
-        self._next = 0
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def extend(self, observations: Observation, labels: dict[str, np.ndarray], where: np.ndarray | None = None) -> None:
-        """Append n pairs; the oldest make room. Nothing of their size is allocated on the way.
-
-        :param observations: ``(n, ...)``, or a dict of such arrays; with ``where`` ``(T, E, ...)``
-        :param labels: label name to ``(n, ...)`` or ``(T, E, ...)``
-        :param where: ``(T, E)`` bool, True n times: the pairs to append, step by step; None: all
-        """
-        if not isinstance(observations, dict):
-            observations = {"": observations}
-        columns = {f"obs/{k}": v for k, v in observations.items()} | {f"label/{k}": v for k, v in labels.items()}
-        if where is None:
-            where = np.ones(len(next(iter(columns.values()))), bool)
-        found = np.nonzero(where)
-        n = len(found[0])
-        found = tuple(index[-self.capacity :] for index in found)
-        rows = (self._next + np.arange(n)[-self.capacity :]) % self.capacity
-        for name, values in columns.items():
-            if name not in self._arrays:
-                self._arrays[name] = np.zeros((self.capacity, *values.shape[where.ndim :]), values.dtype)
-            for start in range(0, len(rows), CHUNK):
-                part = slice(start, start + CHUNK)
-                self._arrays[name][rows[part]] = values[tuple(index[part] for index in found)]
-        self._next = (self._next + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-
-    def sample(self, n: int) -> tuple[Observation, dict[str, np.ndarray]]:
-        """Draw n pairs uniformly, with replacement.
-
-        :param n: number of pairs
-        :return: observations and labels, first dimension n
-        """
-        rows = np.random.randint(self.size, size=n)  # noqa: NPY002  (SB3 seeds the global generator)
-        observations = {k[4:]: v[rows] for k, v in self._arrays.items() if k.startswith("obs/")}
-        labels = {k[6:]: v[rows] for k, v in self._arrays.items() if k.startswith("label/")}
-        return observations.get("", observations), labels
-
-    def save(self, path: str) -> None:
-        """Write all pairs to an ``.npz`` file."""
-        columns: dict[str, Any] = {name: values[: self.size] for name, values in self._arrays.items()}
-        np.savez(path, next=self._next, **columns)
-
-    def load(self, path: str) -> None:
-        """Take all pairs from a file written by :meth:`save` with the same capacity.
-
-        :raises ValueError: if the file holds more pairs than fit
-        """
-        with np.load(path, allow_pickle=False) as file:
-            start = int(file["next"])
-        n, arrays = 0, {}
-        with zipfile.ZipFile(path) as archive:
-            for entry in set(archive.namelist()) - {"next.npy"}:
-                with archive.open(entry) as stream:
-                    shape, dtype = _read_header(stream, path)
-                    if (n := shape[0]) > self.capacity:
-                        raise ValueError(f"label replay {path!r} holds {n} pairs, but label_replay={self.capacity}")
-                    array = arrays[entry.removesuffix(".npy")] = np.zeros((self.capacity, *shape[1:]), dtype)
-                    _read_into(array[:n], stream, path)
-        self._arrays = arrays
-        self.size, self._next = n, (start if n == self.capacity else n)
-
-
-def _read_header(stream: IO[bytes], path: str) -> tuple[tuple[int, ...], np.dtype]:
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran_order, dtype = read[np.lib.format.read_magic(stream)](stream)
-    if fortran_order or dtype.hasobject or not shape:
-        raise ValueError(f"label replay {path!r} was not written by LabelReplay.save")
-    return shape, dtype
-
-
-def _read_into(rows: np.ndarray, stream: IO[bytes], path: str) -> None:
-    """Fill rows with what follows, in parts: ``np.load`` would make an array of its own first."""
-    memory = rows.reshape(-1).view(np.uint8)
-    for start in range(0, memory.size, READ_BYTES):
-        part = memory[start : start + READ_BYTES]
-        data = stream.read(part.size)
-        if len(data) < part.size:
-            raise ValueError(f"label replay {path!r} ends too early; it is damaged")
-        part[:] = np.frombuffer(data, np.uint8)

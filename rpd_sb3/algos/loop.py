@@ -17,8 +17,8 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor, safe_mean, update_learning_rate
+from stable_baselines3.common.type_aliases import GymEnv, Schedule, TensorDict
+from stable_baselines3.common.utils import explained_variance, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
@@ -28,11 +28,11 @@ from rpd_sb3.algos.buffers import (
     LabelledDictRolloutBuffer,
     LabelledRolloutBuffer,
     LabelledSamples,
-    LabelReplay,
     Student,
 )
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
+from rpd_sb3.algos.replay import LabelReplay, Pairs, check_fits, check_replay_device, choose_device, pair_bytes
 from rpd_sb3.contract.teacher import INFO_PREFIX, TAKEN_OVER, TeacherError
 from rpd_sb3.labelling.access import check_labels_given, check_teacher_acts, set_label_fraction, set_teacher_share
 
@@ -72,6 +72,12 @@ class OnPolicyDistillation(PPO):
     :param label_replay: number of past labelled transitions that the imitation term draws from (dataset aggregation);
         0: only the current minibatch. Like SB3's replay buffers it is not part of a saved model: ``label_replay_buffer.save``
     :param replay_batch_size: pairs drawn from it for each minibatch; None: as many as the minibatch has
+    :param imitation_updates: optimizer steps of the imitation term for each transition of a rollout, each on
+        ``replay_batch_size`` pairs of the label replay: 1/8 of 256 pairs are 32 gradients for each transition. They follow
+        PPO's epochs, which are left out where they have nothing to learn (no surrogate, no value loss, no entropy bonus).
+        None: no steps of its own, the imitation term is a part of each minibatch of PPO's epochs
+    :param replay_device: where the label replay lies: ``cuda``, ``cpu`` (the host's memory; with a model on a GPU, the next
+        pairs are fetched while it computes), or ``auto``: the model's device if the full replay fits there, else ``cpu``
     :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.algos.augmentation`)
     :param ppo_coef: weight of the surrogate
     :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
@@ -96,6 +102,8 @@ class OnPolicyDistillation(PPO):
         teacher_share: float | Schedule = 0.0,
         label_replay: int = 0,
         replay_batch_size: int | None = None,
+        imitation_updates: float | None = None,
+        replay_device: str = "auto",
         image_shift: int = 0,
         ppo_coef: float = 1.0,
         clip_range_high: float | None = None,
@@ -113,8 +121,15 @@ class OnPolicyDistillation(PPO):
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be at least {least}")
         if not 0 < label_fraction <= 1:
             raise ValueError(f"{type(self).__name__}: label_fraction={label_fraction} must lie in (0, 1]")
-        if clip_range_high is not None and not clip_range_high > 0:
-            raise ValueError(f"{type(self).__name__}: clip_range_high={clip_range_high} must be positive")
+        for name, value in (("clip_range_high", clip_range_high), ("imitation_updates", imitation_updates)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be positive")
+        if imitation_updates is not None and not (self.needs and label_replay and replay_batch_size):
+            raise ValueError(
+                f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs an algorithm "
+                f"with a teacher, label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
+            )
+        check_replay_device(type(self).__name__, replay_device)
         self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share)
         if self.curriculum.shares is not None and not self.needs:
             raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")
@@ -124,6 +139,9 @@ class OnPolicyDistillation(PPO):
         self.label_fraction = label_fraction
         self.label_replay = label_replay
         self.replay_batch_size = replay_batch_size
+        self.imitation_updates = imitation_updates
+        self.replay_device = replay_device
+        self._owed_updates = 0.0
         self.image_shift = image_shift
         self.clip_range_high = clip_range_high
         self.advantage_std_floor = advantage_std_floor
@@ -138,7 +156,20 @@ class OnPolicyDistillation(PPO):
             dict_obs = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
         super()._setup_model()
-        self.label_replay_buffer = LabelReplay(self.label_replay) if self.label_replay else None
+        self.label_replay_buffer = None
+        if self.label_replay:
+            n_bytes = self.label_replay * self._pair_bytes()
+            device = choose_device(self.replay_device, self.device, n_bytes)
+            self.label_replay_buffer = LabelReplay(self.label_replay, device)
+            self._check_replay()
+
+    def _pair_bytes(self) -> int:
+        return pair_bytes(self.observation_space, self.action_space, self.needs)
+
+    def _check_replay(self) -> None:
+        replay = self.label_replay_buffer
+        if replay is not None and replay.size == 0 and self.env is not None:  # without one it only acts
+            check_fits(type(self).__name__, replay.capacity, self._pair_bytes(), replay.device, self.device)
 
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
@@ -153,22 +184,32 @@ class OnPolicyDistillation(PPO):
         raise NotImplementedError(f"{type(self).__name__} needs {set(self.needs)} but defines no distill_loss")
 
     def imitation(self, batch: LabelledSamples, student: Student) -> Imitation:
-        """What the imitation term is computed on: the minibatch, or pairs from the label replay."""
-        replays = self.label_replay_buffer is not None and self.label_replay_buffer.size > 0
-        if not replays and self.image_shift == 0:
-            return Imitation(student.distribution, batch.labels, batch.labelled)
-        obs, actions, targets, labelled = batch.observations, batch.actions, batch.labels, batch.labelled
-        if replays:
-            observations, labels = self.label_replay_buffer.sample(self.replay_batch_size or len(labelled))  # type: ignore[union-attr]
-            targets = {name: th.as_tensor(values, device=self.device) for name, values in labels.items()}
-            obs, actions = obs_as_tensor(observations, self.device), targets.pop(TAKEN)
-            labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
-        obs = shifted_images(obs, self.observation_space, self.image_shift)
+        """What the imitation term is computed on: the minibatch, or pairs of the label replay in its place; images shifted."""
+        replay = self.label_replay_buffer
+        if not batch.replayed and replay is not None and replay.size > 0:
+            n = self.replay_batch_size or len(batch.labelled)
+            batch, student = self._on_pairs(replay.sample(n, self.device))
+        elif not batch.replayed and self.image_shift > 0:
+            obs = shifted_images(batch.observations, self.observation_space, self.image_shift)
+            student = self._student_on(obs, batch.actions)
+        return Imitation(student.distribution, batch.labels, batch.labelled)
+
+    def _on_pairs(self, pairs: Pairs) -> tuple[LabelledSamples, Student]:
+        """Pairs of the label replay, images shifted, and the student there."""
+        obs = shifted_images(pairs.observations, self.observation_space, self.image_shift)
+        targets = dict(pairs.labels)
+        actions, empty = targets.pop(TAKEN), th.empty(0)
+        labelled = th.ones(len(actions), dtype=th.bool, device=self.device)
+        batch = LabelledSamples(obs, actions, empty, empty, empty, empty, targets, labelled, ~labelled, replayed=True)
+        return batch, self._student_on(obs, actions)
+
+    def _student_on(self, obs: th.Tensor | TensorDict, actions: th.Tensor) -> Student:
+        """How the student would act, and nothing else of it."""
         if hasattr(self.policy, "distribution_on"):  # tokens, of which each may depend on those before it
             distribution = self.policy.distribution_on(obs, actions)  # type: ignore[operator]
         else:
             distribution = self.policy.get_distribution(obs)
-        return Imitation(distribution, targets, labelled)
+        return Student(distribution, th.empty(0), th.empty(0), None)
 
     def _check_teacher(self) -> None:
         if self.needs and self.env is not None:
@@ -179,9 +220,10 @@ class OnPolicyDistillation(PPO):
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.
 
-        :raises ValueError: if the environment has no teacher that gives the labels
+        :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit
         """
         self._check_teacher()
+        self._check_replay()
         named = {} if len(args) >= 4 else {"tb_log_name": type(self).__name__}
         return super().learn(*args, **(named | kwargs))
 
@@ -240,11 +282,11 @@ class OnPolicyDistillation(PPO):
         self.policy.set_training_mode(True)
         distill_coef = self.curriculum.distill_coef
         buffer: Any = self.rollout_buffer
-        distils = distill_coef > 0 and bool(buffer.labels)
+        distils = distill_coef > 0 and bool(buffer.labels) and self.imitation_updates is None
         use_surrogate = True
         logs: defaultdict[str, list[float]] = defaultdict(list)
 
-        for epoch in range(self.n_epochs):
+        for epoch in range(self.n_epochs if self._ppo_learns() else 0):
             logs["approx_kl"].clear()  # like SB3, log that of the last epoch
             for batch in buffer.get(self.batch_size):
                 student, surrogate, value_loss, approx_kl = self._ppo_losses(batch, logs)
@@ -263,16 +305,44 @@ class OnPolicyDistillation(PPO):
                 logs["loss"] = [loss.item()]
                 if not (use_surrogate or distils):
                     break
-                self.policy.optimizer.zero_grad()
-                loss.backward()
-                th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                self.policy.optimizer.step()
+                self._descend(loss)
             self._n_updates += 1
             if not (use_surrogate or distils):
                 break
+        self._imitate(logs)
         self._log_update(logs)
         if self.needs or "distill_loss" in logs:
             self.logger.record("train/distill_coef", distill_coef)
+
+    def _ppo_learns(self) -> bool:
+        """False if PPO's epochs would change nothing, and imitation has steps of its own."""
+        coefs = (self.curriculum.surrogate_coef, self.vf_coef, self.ent_coef)
+        return self.imitation_updates is None or any(coef != 0 for coef in coefs)
+
+    def _imitate(self, logs: defaultdict[str, list[float]]) -> None:
+        """``imitation_updates`` optimizer steps for each transition of the rollout, on the label replay alone."""
+        replay, distill_coef = self.label_replay_buffer, self.curriculum.distill_coef
+        if self.imitation_updates is None or replay is None or replay.size == 0 or distill_coef == 0:
+            return
+        self._owed_updates += self.imitation_updates * self.rollout_buffer.buffer_size * self.n_envs
+        n_updates = round(self._owed_updates)
+        self._owed_updates -= n_updates  # a fraction is left for the next rollout
+        losses = []
+        for pairs in replay.batches(n_updates, self.replay_batch_size or 0, self.device):
+            loss, values = self.distill_loss(*self._on_pairs(pairs))
+            self._descend(distill_coef * loss)
+            losses.append(loss.detach())  # read at the end: a GPU would have to be waited for
+            for name, value in values.items():
+                logs[name].append(value)
+        logs["distill_loss"] = [float(loss) for loss in losses]
+        self.logger.record("train/imitation_updates", n_updates)
+
+    def _descend(self, loss: th.Tensor) -> None:
+        """One optimizer step."""
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
 
     def _ppo_losses(
         self, batch: LabelledSamples, logs: defaultdict[str, list[float]]

@@ -80,6 +80,10 @@ class OPD(GroupedRollouts):
         hand_over = HandOver(then_on, then_value)
         if estimator == "sampled" and (divergence != "reverse_kl" or kwargs.get("normalize_advantage")):
             raise ValueError("OPD: estimator='sampled' needs divergence='reverse_kl' and normalize_advantage=False")
+        if estimator == "sampled" and kwargs.get("imitation_updates") is not None:
+            raise ValueError(
+                "OPD: imitation_updates needs estimator='full'; a sampled estimate is of the student's own tokens"
+            )
         if teacher_temperature <= 0 or not 0 <= teacher_floor < 1:
             raise ValueError(f"OPD: {teacher_temperature=} must be positive, and {teacher_floor=} must lie in [0, 1)")
         if then == "grpo" and group_size < 2:
@@ -120,7 +124,7 @@ class OPD(GroupedRollouts):
         if self.estimator == "sampled" and not self.curriculum.reward_leads:
             loss = loss.detach()  # the surrogate carries it
         logs = token_statistics(student_logits.detach(), teacher_logits, labelled)
-        if "logits" in batch.labels:  # on the student's own actions, also with a label replay
+        if "logits" in batch.labels and not batch.replayed:  # on the student's own actions, also with a label replay
             own = token_log_prob(self.teacher_log_probs(batch.labels["logits"]), batch.actions).sum(dim=1)
             sampled = batch.labelled & ~batch.teacher_acted
             logs["k3"] = masked_mean(k3(student.log_prob.detach(), own), sampled).item()

@@ -50,8 +50,9 @@ class PPD(OnPolicyDistillation):
         check_choice("PPD", "direction", direction, ("forward", "reverse"))
         if not 0 <= teacher_floor < 1:
             raise ValueError(f"PPD: teacher_floor={teacher_floor} must lie in [0, 1)")
-        if n := kwargs.get("label_replay", 0):
-            raise ValueError(f"PPD: label_replay={n} has no ratio of the student's own actions; leave it at 0")
+        for key, unused in {"label_replay": 0, "imitation_updates": None}.items():
+            if (value := kwargs.get(key, unused)) != unused:
+                raise ValueError(f"PPD: {key}={value} has no ratio of the student's own actions; leave it at {unused}")
         self.direction = direction
         self.teacher_floor = teacher_floor
         if env is not None and isinstance(getattr(env, "action_space", None), spaces.MultiDiscrete):

@@ -1,10 +1,9 @@
-"""Labels in the rollout buffer; the label replay: which pairs it keeps, and that pairs stay pairs."""
+"""Labels in the rollout buffer, and what rollouts of frames take in memory."""
 
 from __future__ import annotations
 
 import gc
 import tracemalloc
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.algos import RPD
-from rpd_sb3.algos.buffers import LabelledRolloutBuffer, LabelReplay, use_compact_buffer
+from rpd_sb3.algos.buffers import LabelledRolloutBuffer, use_compact_buffer
 from rpd_sb3.algos.loop import OnPolicyDistillation
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.teachers import Labels, LocalTeacher, Query, TeacherSpec
@@ -41,92 +40,6 @@ def test_transition_is_labelled_only_if_all_of_its_labels_came() -> None:
     assert buffer.gather_labels(names) == 0.5
     np.testing.assert_array_equal(buffer.labelled, [[True, False], [False, False], [True, False]])
     np.testing.assert_array_equal(buffer.labels["action"][..., 0], [[1, 0], [0, 0], [1, 0]])
-
-
-def pairs(start: int, n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    numbers = np.arange(start, start + n, dtype=np.float32)
-    return numbers[:, None], {"action": -numbers[:, None]}
-
-
-def kept(replay: LabelReplay) -> set[int]:
-    observations, labels = replay.sample(500)
-    np.testing.assert_array_equal(observations, -labels["action"])
-    return set(observations[:, 0].astype(int))
-
-
-def test_the_newest_pairs_are_kept() -> None:
-    replay = LabelReplay(5)
-    replay.extend(*pairs(0, 3))
-    assert kept(replay) == {0, 1, 2}
-    replay.extend(*pairs(3, 4))
-    assert kept(replay) == {2, 3, 4, 5, 6}
-    replay.extend(*pairs(7, 12))
-    assert kept(replay) == {14, 15, 16, 17, 18}
-    replay.extend(*pairs(19, 1))
-    assert kept(replay) == {15, 16, 17, 18, 19}
-
-
-def test_dict_observations_and_dtypes_survive() -> None:
-    replay = LabelReplay(4)
-    replay.extend(
-        {"rgb": np.full((2, 3, 8, 8), 7, np.uint8), "state": np.ones((2, 5), np.float32)}, {"action": np.ones((2, 7))}
-    )
-    observations, _ = replay.sample(3)
-    assert isinstance(observations, dict)
-    assert observations["rgb"].shape == (3, 3, 8, 8)
-    assert observations["rgb"].dtype == np.uint8
-
-
-@pytest.mark.parametrize("n", [3, 5, 12])
-def test_a_saved_replay_goes_on_where_it_was(n: int, tmp_path: Path) -> None:
-    replay, loaded = LabelReplay(5), LabelReplay(5)
-    replay.extend(*pairs(0, n))
-    replay.save(str(tmp_path / "replay.npz"))
-    loaded.load(str(tmp_path / "replay.npz"))
-    for one in (replay, loaded):
-        one.extend(*pairs(n, 2))
-    assert kept(loaded) == kept(replay) == set(range(max(0, n - 3), n + 2))
-
-
-def test_a_replay_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    replay = LabelReplay(5)
-    replay.extend(*pairs(0, 5))
-    replay.save(str(tmp_path / "replay.npz"))
-    with pytest.raises(ValueError, match="holds 5 pairs, but label_replay=3"):
-        LabelReplay(3).load(str(tmp_path / "replay.npz"))
-
-
-@pytest.mark.parametrize("dict_obs", [False, True])
-def test_pairs_of_a_rollout_are_appended_step_by_step_where_there_are_labels(dict_obs: bool) -> None:
-    rng = np.random.default_rng(0)
-    ours, one_by_one = LabelReplay(150), LabelReplay(150)
-    for _ in range(3):
-        frames = rng.integers(0, 256, (5, 40, 2, 3), dtype=np.uint8).swapaxes(0, 1)  # as in the compact buffer
-        labels = {"action": rng.normal(size=(40, 5, 7)).astype(np.float32)}
-        where = rng.random((40, 5)) < 0.6
-        observations: Any = {"rgb": frames, "state": labels["action"][..., :2]} if dict_obs else frames
-        ours.extend(observations, labels, where)
-        for step, env in np.argwhere(where):
-            one: Any = {k: v[step, env][None] for k, v in observations.items()} if dict_obs else frames[step, env][None]
-            one_by_one.extend(one, {"action": labels["action"][step, env][None]})
-    assert (ours.size, ours._next) == (one_by_one.size, one_by_one._next)
-    for name, values in one_by_one._arrays.items():
-        np.testing.assert_array_equal(ours._arrays[name], values, strict=True)
-
-
-@pytest.mark.parametrize("change", ["cut", "pickled"])
-def test_a_file_that_is_no_replay_is_refused(change: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "replay.npz")
-    values = np.zeros((3, 2)) if change == "cut" else np.array([None])
-    np.savez(path, **{"next": 0, "obs/": values})  # type: ignore[arg-type]
-    if change == "cut":
-        with zipfile.ZipFile(path) as file:
-            whole = {name: file.read(name) for name in file.namelist()}
-        with zipfile.ZipFile(path, "w") as file:
-            for name, data in whole.items():
-                file.writestr(name, data if name == "next.npy" else data[:-1])
-    with pytest.raises(ValueError, match="ends too early" if change == "cut" else "was not written by LabelReplay"):
-        LabelReplay(5).load(path)
 
 
 FRAME = 84 * 84 * 3
@@ -237,21 +150,3 @@ def test_the_compact_buffer_changes_nothing_that_is_learned(
         assert PPO.load(tmp_path / "model").rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer)
     for name, values in parameters[0].items():
         assert th.equal(values, parameters[1][name]), name
-
-
-def test_reading_a_replay_takes_its_memory_once(tmp_path: Path) -> None:
-    replay = LabelReplay(1000)
-    replay.extend(np.ones((1000, FRAME), np.uint8), {"action": np.ones((1000, 7), np.float32)})
-    path, size = str(tmp_path / "replay.npz"), 1000 * FRAME
-    tracemalloc.start()
-    try:
-        replay.save(path)
-        assert tracemalloc.get_traced_memory()[1] < size
-        tracemalloc.reset_peak()
-        loaded = LabelReplay(1000)
-        loaded.load(path)
-        assert tracemalloc.get_traced_memory()[1] < 1.5 * size
-    finally:
-        tracemalloc.stop()
-    for name, values in replay._arrays.items():
-        np.testing.assert_array_equal(loaded._arrays[name], values)

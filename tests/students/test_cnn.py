@@ -163,6 +163,18 @@ def test_shift_moves_the_image_and_repeats_its_edge() -> None:
         assert th.equal(row, expected)
 
 
+@pytest.mark.parametrize("memory_format", [th.contiguous_format, th.channels_last])
+def test_a_shifted_image_is_cut_out_of_the_padded_one(memory_format: th.memory_format) -> None:
+    images = th.randint(0, 256, (50, 3, 6, 9), dtype=th.uint8).contiguous(memory_format=memory_format)
+    th.manual_seed(1)
+    shifted = random_shift(images, 3)
+    th.manual_seed(1)
+    corners = th.randint(0, 7, (50, 2)).tolist()
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3)), mode="edge")
+    for i, (y, x) in enumerate(corners):
+        np.testing.assert_array_equal(shifted[i], padded[i, :, y : y + 6, x : x + 9])
+
+
 def test_rows_and_columns_are_shifted_independently() -> None:
     rows = 10 * th.arange(9)[:, None] + th.arange(9)
     centres = random_shift(rows.to(th.uint8).expand(400, 1, 9, 9), 1)[:, 0, 4, 4].tolist()
