@@ -34,6 +34,7 @@ def make_env(
     image_size: int | None = None,
     on_success: str | None = None,
     control_mode: str | None = None,
+    visuals: str | None = None,
     tokens: Tokens = False,
     teacher: TeacherSpec | None = None,
     render_mode: str | None = None,
@@ -64,6 +65,7 @@ def make_env(
         "image_size": image_size,
         "on_success": on_success,
         "control_mode": control_mode,
+        "visuals": visuals,
     }
     if not is_maniskill(env_id):
         given = [name for name, value in options.items() if value is not None]
@@ -91,6 +93,7 @@ def make_env(
         on_success=on_success or "terminate",
         teacher_inputs=() if teacher is None else teacher.inputs,
         teacher_image_size=teacher_size,
+        visuals=visuals or "full",
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)

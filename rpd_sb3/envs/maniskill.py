@@ -23,6 +23,7 @@ from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
 from rpd_sb3.envs.tasks import TASKS
+from rpd_sb3.envs.visuals import use_light_visuals
 
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
@@ -45,6 +46,8 @@ class View(NamedTuple):
     """Inputs given under ``teacher/``: ``privileged``, ``state``, ``images.<camera>``; ``instruction`` is an attribute."""
     teacher_image_size: int | None = None
     """Side of the teacher's image; None: the student's. The student's is then a downscaled copy."""
+    visuals: str = "full"
+    """``full``, as ManiSkill ships the scene, or ``light`` (:mod:`rpd_sb3.envs.visuals`)."""
 
     @property
     def renders(self) -> bool:
@@ -135,6 +138,8 @@ class ManiSkillAdapter(gym.Wrapper):
             )
         if view.renders and view.camera == "human":
             self._unhide()
+        if view.renders and view.visuals == "light":
+            use_light_visuals(self._scene.scene.sub_scenes[0])
         self.action_space = env.action_space
         self.observation_space = self._spaces(env.observation_space)
 
