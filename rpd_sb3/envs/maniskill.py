@@ -23,7 +23,7 @@ from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
 from rpd_sb3.envs.tasks import TASKS
-from rpd_sb3.envs.visuals import SHADER, VISUALS, fill_background, use_light_visuals
+from rpd_sb3.envs.visuals import VISUALS, use_light_visuals
 
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
@@ -103,8 +103,6 @@ def make_maniskill(
         base_camera = {"width": view.render_size, "height": view.render_size}
         if view.camera == "human":
             base_camera |= human_camera(env_id)
-        if view.visuals == "light":
-            base_camera["shader_pack"] = SHADER
         given = sensor_configs or {}
         sensor_configs = given | {"base_camera": base_camera | given.get("base_camera", {})}
     with torch.inference_mode():
@@ -196,8 +194,12 @@ class ManiSkillAdapter(gym.Wrapper):
         hidden.clear()
 
     def _spaces(self, raw: spaces.Space) -> spaces.Space:
+        """Of the observations.
+
+        :param raw: of ManiSkill's: the state, or nothing if nobody reads it
+        """
         view = self.view
-        state = raw if view.needs_state else None
+        state = raw
         image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
         student: dict[str, spaces.Space] = {"state": state} if view.obs == "state" else {"rgb": image}
         if view.obs == "rgb+state":
@@ -218,7 +220,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _observation(self, raw: Any) -> Any:
         view = self.view
-        state = raw if view.needs_state else None
+        state = raw
         frame = self._render() if view.renders else None
         obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":
@@ -242,10 +244,8 @@ class ManiSkillAdapter(gym.Wrapper):
         sensor = scene.sensors["base_camera"]
         sensor.capture()
         (picture,) = sensor.camera.get_picture(["Color"])
-        shader = sensor.config.shader_config
-        if shader.shader_pack == SHADER:
-            return fill_background(common.to_numpy(picture)[0], scene.ambient_light)
-        return common.to_numpy(shader.texture_transforms["Color"](picture)["rgb"])[0]
+        frame = sensor.config.shader_config.texture_transforms["Color"](picture)["rgb"]
+        return np.ascontiguousarray(common.to_numpy(frame)[0])
 
     def _student_image(self, frame: Any) -> np.ndarray:
         size = self.view.image_size

@@ -3,7 +3,7 @@
 On a CPU the time of a small frame is the time of its triangles: 157 056 for ``PickCube-v1``, 134 924 of them the arm's.
 Only what is drawn changes: collision shapes, physics, random numbers and states stay as they are, bit for bit.
 
-Shape letters: V vertices, F triangles, H and W pixels.
+Shape letters: V vertices, F triangles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fast_simplification
 import mani_skill
 import numpy as np
 import sapien
@@ -32,8 +31,6 @@ HEAVY = 1000
 """Meshes of at most so many triangles stay as they are."""
 CREASE = np.radians(40)
 """Neighbouring triangles that meet at a larger angle are shaded as an edge."""
-SHADER = "minimal"
-"""SAPIEN's shader that draws the colours in one pass; the default one also draws positions, normals, segmentation, ..."""
 
 
 class Mesh(NamedTuple):
@@ -53,7 +50,10 @@ def use_light_visuals(scene: sapien.Scene) -> None:
     """Draw a scene's meshes with few triangles from now on; call it again for a scene that is built anew.
 
     Colours, materials, poses, scales, names, shading and visibility stay. Bodies without a mesh to simplify stay too.
+
+    :raises ValueError: if fast-simplification is not installed
     """
+    _import_simplifier()  # also if all meshes are cached: the same machine then always says the same
     for entity in scene.entities:
         body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
         if body is None:
@@ -78,17 +78,6 @@ def count_triangles(scene: sapien.Scene) -> int:
     """How many triangles a scene is drawn with, hidden bodies included."""
     bodies = [entity.find_component_by_type(sapien.render.RenderBodyComponent) for entity in scene.entities]
     return sum(len(part.triangles) for body in bodies if body for shape in body.render_shapes for part in shape.parts)
-
-
-def fill_background(picture: np.ndarray, ambient_light: np.ndarray) -> np.ndarray:
-    """A frame of :data:`SHADER` with the background of the default shader.
-
-    :param picture: ``(H, W, 4)`` uint8, transparent where nothing is drawn
-    :param ambient_light: ``(3,)`` of the scene; the default shader shows it where nothing else is
-    :return: ``(H, W, 3)`` uint8
-    """
-    background = (255 * np.clip(ambient_light, 0, 1) ** (1 / 2.2)).astype(np.uint8)
-    return np.where(picture[..., 3:] == 0, background, picture[..., :3])
 
 
 def _light_shapes(shape: Any) -> list[Any]:
@@ -126,6 +115,17 @@ def _make_shape(shape: Any, material: Any, mesh: Mesh) -> Any:
     return made
 
 
+def _import_simplifier() -> Any:
+    try:
+        import fast_simplification
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "visuals='light' needs fast-simplification, which is not installed: pip install fast-simplification, or set "
+            "visuals: full"
+        ) from error
+    return fast_simplification
+
+
 def has_texture(material: Any) -> bool:
     """True if any of the material's textures is set."""
     kinds = ("base_color", "emission", "metallic", "normal", "roughness", "transmission")
@@ -134,11 +134,11 @@ def has_texture(material: Any) -> bool:
 
 def simplify(mesh: Mesh) -> Mesh:
     """The mesh, which has no texture, with few triangles; from the cache if it was simplified before."""
-    settings = (RATIO, MIN_TRIANGLES, CREASE, fast_simplification.__version__, trimesh.__version__)
+    settings = (RATIO, MIN_TRIANGLES, CREASE, _import_simplifier().__version__, trimesh.__version__)
     digest = hashlib.sha256(repr(settings).encode())
     for array in (mesh.vertices, mesh.triangles):
         digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     path = cache_folder() / f"{digest.hexdigest()}.npz"
     light = load_mesh(path)
     if light is None:
@@ -157,7 +157,7 @@ def decimate(mesh: Mesh, n_triangles: int) -> Mesh:
     """
     whole = trimesh.Trimesh(mesh.vertices, mesh.triangles, process=False)
     whole.merge_vertices(merge_norm=True, merge_tex=True)
-    vertices, triangles = fast_simplification.simplify(
+    vertices, triangles = _import_simplifier().simplify(
         np.asarray(whole.vertices, np.float32), np.asarray(whole.faces, np.int32), target_count=n_triangles
     )
     light = trimesh.graph.smooth_shade(trimesh.Trimesh(vertices, triangles, process=False), angle=CREASE)
