@@ -85,7 +85,7 @@ class CollectCommand:
     def __init__(self, args: Any) -> None:
         from rpd_sb3.cli.config import parse_pairs
         from rpd_sb3.envs import make_vec_env
-        from rpd_sb3.envs.factory import check_env_id
+        from rpd_sb3.envs.factory import check_env_id, with_visuals
         from rpd_sb3.labelling import VecTeacher
         from rpd_sb3.labelling.probe import probe
         from rpd_sb3.teachers.registry import open_teacher
@@ -96,6 +96,7 @@ class CollectCommand:
         check_env_id(args.env)
         with ExitStack() as closing:
             teacher = open_teacher(args.teacher, args.env, teacher_kwargs, closing)
+            env_kwargs = with_visuals(args.env, env_kwargs, teacher.spec)
             probe(args.env, env_kwargs, teacher)
             n_envs = min(args.n_envs, args.n_episodes)
             venv = make_vec_env(args.env, n_envs, vec_env=args.vec_env, teacher=teacher.spec, **env_kwargs)

@@ -41,7 +41,7 @@ def inspect_machine() -> list[Finding]:
     findings += [check_package(distribution) for distribution in REQUIRED]
     findings += [maniskill, check_vulkan(needed=installed)]
     if installed:
-        findings.append(check_rendering())
+        findings += [check_package("fast-simplification"), check_rendering()]
     return findings + check_octo()
 
 

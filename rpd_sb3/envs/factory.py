@@ -34,6 +34,7 @@ def make_env(
     image_size: int | None = None,
     on_success: str | None = None,
     control_mode: str | None = None,
+    visuals: str | None = None,
     tokens: Tokens = False,
     teacher: TeacherSpec | None = None,
     render_mode: str | None = None,
@@ -50,6 +51,8 @@ def make_env(
     :param image_size: side of the square image in pixels [256, or the teacher's if that is smaller]
     :param on_success: ``terminate``, ``truncate`` or ``continue`` the episode [terminate]
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
+    :param visuals: ``full``, as ManiSkill draws its scenes, or ``light``, with few triangles, which a CPU renders ten times
+        faster; physics and states are the same [light where a CPU renders frames that no teacher looks at, else full]
     :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256. Their
         bounds are the teacher's; a mapping ``{low: [...], high: [...]}`` gives others, e.g. to go on without the teacher
     :param teacher: spec of the teacher; observations get its inputs under ``teacher/``
@@ -64,6 +67,7 @@ def make_env(
         "image_size": image_size,
         "on_success": on_success,
         "control_mode": control_mode,
+        "visuals": visuals,
     }
     if not is_maniskill(env_id):
         given = [name for name, value in options.items() if value is not None]
@@ -91,6 +95,7 @@ def make_env(
         on_success=on_success or "terminate",
         teacher_inputs=() if teacher is None else teacher.inputs,
         teacher_image_size=teacher_size,
+        visuals=default_visuals(teacher) if visuals is None else visuals,
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
@@ -127,6 +132,33 @@ def with_token_bounds(options: Mapping[str, Any], teacher: TeacherSpec | None) -
         return dict(options)
     n_bins = N_BINS if tokens is True else tokens
     return dict(options) | {"tokens": {"n_bins": n_bins, "low": bounds.low.tolist(), "high": bounds.high.tolist()}}
+
+
+def default_visuals(teacher: TeacherSpec | None) -> str:
+    """``light`` where a CPU renders, except for a teacher that looks at the frames: it knows ManiSkill's own scenes.
+
+    :param teacher: spec of the teacher; None: there is none
+    """
+    import torch
+
+    looks = teacher is not None and any(name.startswith("images.") for name in teacher.inputs)
+    return "full" if looks or torch.cuda.is_available() else "light"
+
+
+def with_visuals(
+    env_id: str, options: Mapping[str, Any], teacher: TeacherSpec | None, default: str | None = None
+) -> dict[str, Any]:
+    """The options with the student's ``visuals`` written out, which otherwise depend on machine and teacher.
+
+    :param env_id: environment
+    :param options: of :func:`make_env`
+    :param teacher: spec of the teacher that the student learns from
+    :param default: the visuals where the options name none; None: those of :func:`make_env`
+    """
+    drawn = str(options.get("obs") or "state") != "state" and is_maniskill(env_id)
+    if not drawn or options.get("visuals") is not None:
+        return dict(options)
+    return dict(options) | {"visuals": default or default_visuals(teacher)}
 
 
 def maniskill_ids() -> list[str]:

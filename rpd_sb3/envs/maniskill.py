@@ -23,6 +23,7 @@ from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
 from rpd_sb3.envs.tasks import TASKS
+from rpd_sb3.envs.visuals import VISUALS, use_light_visuals
 
 PROPRIOCEPTION_SIZE = 9 + 9 + 7  # joint positions, joint velocities, pose of the tool centre point
 PROPRIOCEPTION_SPACE = spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION_SIZE,), np.float32)
@@ -45,10 +46,16 @@ class View(NamedTuple):
     """Inputs given under ``teacher/``: ``privileged``, ``state``, ``images.<camera>``; ``instruction`` is an attribute."""
     teacher_image_size: int | None = None
     """Side of the teacher's image; None: the student's. The student's is then a downscaled copy."""
+    visuals: str = "full"
+    """``full``, as ManiSkill ships the scene, or ``light`` (:mod:`rpd_sb3.envs.visuals`)."""
 
     @property
     def renders(self) -> bool:
         return self.obs != "state" or any(name.startswith("images.") for name in self.teacher_inputs)
+
+    @property
+    def needs_state(self) -> bool:
+        return self.obs == "state" or "state" in self.teacher_inputs
 
     @property
     def observed_inputs(self) -> tuple[str, ...]:
@@ -101,7 +108,7 @@ def make_maniskill(
     with torch.inference_mode():
         env = gym.make(
             env_id,
-            obs_mode="rgb+state" if view.renders else "state",
+            obs_mode="state" if view.needs_state else "none",  # the adapter renders its one camera itself
             reward_mode="sparse" if reward == "sparse" else "normalized_dense",
             control_mode=control_mode,
             sim_backend="physx_cpu",
@@ -133,8 +140,7 @@ class ManiSkillAdapter(gym.Wrapper):
             raise ValueError(
                 f"env {env_id!r} has no privileged state for a scripted teacher; tasks that have: {', '.join(TASKS)}"
             )
-        if view.renders and view.camera == "human":
-            self._unhide()
+        self._prepare_scene()
         self.action_space = env.action_space
         self.observation_space = self._spaces(env.observation_space)
 
@@ -149,7 +155,9 @@ class ManiSkillAdapter(gym.Wrapper):
         else:
             seed = int(self._episode_seeds.integers(2**31))
         with torch.inference_mode():
-            raw, _ = self.env.reset(seed=seed, options=options)
+            raw, raw_info = self.env.reset(seed=seed, options=options)
+            if raw_info["reconfigure"]:
+                self._prepare_scene()
             self._success_once = False
             return self._observation(raw), {"is_success": False}
 
@@ -170,6 +178,14 @@ class ManiSkillAdapter(gym.Wrapper):
             info |= {"success_once": self._success_once, "success_at_end": success}
         return obs, float(reward), terminated, truncated, info
 
+    def _prepare_scene(self) -> None:
+        """What is to be done whenever ManiSkill has built the scene."""
+        view = self.view
+        if view.renders and view.camera == "human":
+            self._unhide()
+        if view.renders and view.visuals == "light":
+            use_light_visuals(self._scene.scene.sub_scenes[0])
+
     def _unhide(self) -> None:
         """Show what ManiSkill hides from its sensors: PickCube's goal marker (paper, section III-B)."""
         hidden = self._scene._hidden_objects
@@ -178,8 +194,12 @@ class ManiSkillAdapter(gym.Wrapper):
         hidden.clear()
 
     def _spaces(self, raw: spaces.Space) -> spaces.Space:
+        """Of the observations.
+
+        :param raw: of ManiSkill's: the state, or nothing if nobody reads it
+        """
         view = self.view
-        state = raw["state"] if view.renders else raw  # type: ignore[index]
+        state = raw
         image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
         student: dict[str, spaces.Space] = {"state": state} if view.obs == "state" else {"rgb": image}
         if view.obs == "rgb+state":
@@ -200,8 +220,8 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _observation(self, raw: Any) -> Any:
         view = self.view
-        state = raw["state"] if view.renders else raw
-        frame = raw["sensor_data"]["base_camera"]["rgb"] if view.renders else None
+        state = raw
+        frame = self._render() if view.renders else None
         obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":
             obs["state"] = self._proprioception()
@@ -211,6 +231,21 @@ class ManiSkillAdapter(gym.Wrapper):
             value: Any = self._privileged() if name == "privileged" else state if name == "state" else frame
             obs[TEACHER_PREFIX + name] = value
         return obs
+
+    def _render(self) -> np.ndarray:
+        """The camera's frame now, ``(H, W, 3)`` uint8.
+
+        ManiSkill's own would come with the camera's matrices and a state that nobody reads.
+        """
+        for actor in self._scene._hidden_objects:
+            actor.hide_visual()
+        scene = self._scene.scene
+        scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        sensor = scene.sensors["base_camera"]
+        sensor.capture()
+        (picture,) = sensor.camera.get_picture(["Color"])
+        frame = sensor.config.shader_config.texture_transforms["Color"](picture)["rgb"]
+        return np.ascontiguousarray(common.to_numpy(frame)[0])
 
     def _student_image(self, frame: Any) -> np.ndarray:
         size = self.view.image_size
@@ -261,6 +296,7 @@ def check_view(env_id: str, view: View, reward: str) -> None:
     check_choice(owner, "reward", reward, ("sparse", "dense"))
     check_choice(owner, "camera", view.camera, ("human", "base"))
     check_choice(owner, "on_success", view.on_success, ("terminate", "truncate", "continue"))
+    check_choice(owner, "visuals", view.visuals, VISUALS)
     if view.image_size < 8 or view.image_size > view.render_size:
         raise ValueError(
             f"env {env_id!r}: image_size={view.image_size} must be between 8 and the teacher's {view.render_size} pixels"

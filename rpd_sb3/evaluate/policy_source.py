@@ -12,7 +12,7 @@ from rpd_sb3.cli.config import merge, parse_pairs
 from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.secrets import redact
 from rpd_sb3.contract.teacher import Teacher
-from rpd_sb3.envs.factory import check_env_id
+from rpd_sb3.envs.factory import check_env_id, with_visuals
 from rpd_sb3.episodes.play import Actor, student_actor, teacher_actor
 from rpd_sb3.export.loading import check_acted, check_observed, export_actor, load_export
 from rpd_sb3.export.runtime import Policy
@@ -77,7 +77,8 @@ def _load_export(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
     recorded = policy.manifest["environment"]
     env_id = args.env or recorded["id"]
     check_env_id(env_id)
-    env_kwargs = merge(recorded["env_kwargs"], env_kwargs)
+    # Exports of before there were light visuals are of full ones.
+    env_kwargs = merge(with_visuals(recorded["id"], recorded["env_kwargs"], None, default="full"), env_kwargs)
     check_observed(policy, probe(env_id, env_kwargs, None), name, env_id)
     return NamedPolicy(name, policy, env_id, env_kwargs)
 
@@ -87,7 +88,7 @@ def _load_student(args: Any, env_kwargs: dict[str, Any]) -> NamedPolicy:
     path = run.model_file(args.model)
     model = runs.load_model(run.algo, path, device=check_device(args.device))
     env_id = args.env or run.args["env"]
-    env_kwargs = merge(run.config.get("env_kwargs", {}), env_kwargs)
+    env_kwargs = merge(run.env_kwargs, env_kwargs)
     space = probe(env_id, env_kwargs, None)
     set_threads(None, str(model.device), space)
     check_observations(model, space, str(path), env_id)

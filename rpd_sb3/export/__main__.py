@@ -79,7 +79,7 @@ class ExportCommand:
         policy = check_exportable(model, str(path))
         set_threads(1, "cpu", policy.observation_space)
         self.env_id = run.args["env"]
-        self.env_kwargs = with_image_size(self.env_id, run.config.get("env_kwargs", {}), policy.observation_space)
+        self.env_kwargs = with_image_size(self.env_id, run.env_kwargs, policy.observation_space)
         tokens = token_spec(self.env_kwargs, policy.action_space)
         command = shlex.join(redact(["python", "-m", "rpd_sb3.export", *args.argv]))
         self.export = Export(run, model, policy, run_facts(run, path, args.model), args.format, tokens, command)

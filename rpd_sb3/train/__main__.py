@@ -106,7 +106,7 @@ def set_up(args: argparse.Namespace) -> Command:
             raise ValueError(
                 f"--resume {folder} goes on with {key}={getattr(old, key)!r}, but {redact(value)!r} is given; start a new run for that"
             )
-    config = check_section(saved.config, find_algo(old.algo))
+    config = check_section(saved.config | {"env_kwargs": saved.env_kwargs}, find_algo(old.algo))
     config.n_timesteps = given.get("n_timesteps", config.n_timesteps)
     return TrainingRun(build(replace(old, **given), config, saved, argv))
 

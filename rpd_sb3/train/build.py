@@ -30,7 +30,7 @@ from rpd_sb3.cli.files import write_yaml
 from rpd_sb3.contract.device import check_device
 from rpd_sb3.contract.teacher import Teacher
 from rpd_sb3.envs import make_vec_env
-from rpd_sb3.envs.factory import with_token_bounds
+from rpd_sb3.envs.factory import with_token_bounds, with_visuals
 from rpd_sb3.episodes.play import Evaluator
 from rpd_sb3.labelling import VecTeacher
 from rpd_sb3.labelling.access import find_vec_teacher
@@ -108,7 +108,7 @@ def build(args: TrainArgs, config: RunConfig, resume: runs.SavedRun | None, argv
     with ExitStack() as closing:
         teacher, evaluation_teacher = open_teachers(args.env, config, closing)
         space = probe(args.env, config.env_kwargs, teacher)
-        config = complete_config(config, algo, space, teacher)
+        config = complete_config(args.env, config, algo, space, teacher)
         set_threads(args.num_threads, device, space)
         checkpoint = None if resume is None else runs.find_checkpoint(resume.folder, config.n_timesteps)
         venv = make_training_env(args, config, teacher, closing)
@@ -145,10 +145,11 @@ def open_teachers(env_id: str, config: RunConfig, closing: ExitStack) -> tuple[T
 
 
 def complete_config(
-    config: RunConfig, algo: type[BaseAlgorithm], space: spaces.Space, teacher: Teacher | None
+    env_id: str, config: RunConfig, algo: type[BaseAlgorithm], space: spaces.Space, teacher: Teacher | None
 ) -> RunConfig:
-    """The config with the choices that follow from environment and teacher: the policy, the bounds of tokens."""
-    env_kwargs = with_token_bounds(config.env_kwargs, None if teacher is None else teacher.spec)
+    """The config with the choices that follow from environment, teacher and machine: policy, bounds of tokens, visuals."""
+    spec = None if teacher is None else teacher.spec
+    env_kwargs = with_visuals(env_id, with_token_bounds(config.env_kwargs, spec), spec)
     return replace(config, env_kwargs=env_kwargs, policy=config.policy or default_policy(algo, space))
 
 

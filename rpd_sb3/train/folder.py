@@ -24,10 +24,11 @@ import rpd_sb3
 from rpd_sb3.algos import ALGOS
 from rpd_sb3.cli.config import load_yaml, merge, parse_pairs
 from rpd_sb3.contract.secrets import masked, redact, redact_command
+from rpd_sb3.envs.factory import with_visuals
 from rpd_sb3.teachers.sb3_policy import read_model_data
 from rpd_sb3.wire.urls import OPENPI_API_KEY, TOKEN
 
-PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "mani_skill")
+PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "mani_skill", "fast_simplification")
 SECRET_VARIABLES = {
     "http": ("token", TOKEN),
     "https": ("token", TOKEN),
@@ -48,6 +49,11 @@ class SavedRun(NamedTuple):
     @property
     def algo(self) -> type[BaseAlgorithm]:
         return ALGOS[self.args["algo"]]
+
+    @property
+    def env_kwargs(self) -> dict[str, Any]:
+        """Options of the environment; runs of before there were light visuals are of full ones."""
+        return with_visuals(self.args["env"], self.config.get("env_kwargs", {}), None, default="full")
 
     @property
     def last_model(self) -> Path:
