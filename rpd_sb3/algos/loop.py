@@ -239,6 +239,8 @@ class OnPolicyDistillation(PPO):
         if self.curriculum.shares is not None:
             set_teacher_share(env, self.curriculum.teacher_share)
         completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if self.curriculum.shares is not None:
+            self.logger.record("rollout/teacher_share", float(rollout_buffer.teacher_acted.mean()))  # type: ignore[attr-defined]
         if self.needs and not completed:
             # SB3 keeps the observation from before the aborted step; the next rollout would pair it with the label (and
             # the consequences) of the one after.
@@ -257,8 +259,6 @@ class OnPolicyDistillation(PPO):
             return
         buffer: Any = self.rollout_buffer
         missing = buffer.gather_labels(self.needs)
-        if self.curriculum.shares is not None:
-            self.logger.record("rollout/teacher_share", float(buffer.teacher_acted.mean()))
         if self.curriculum.distill_coef == 0:
             return
         if missing > MAX_MISSING:

@@ -51,7 +51,7 @@ POLICIES: dict[str, type[BasePolicy]] = {
     "TokenPolicy": TokenPolicy,
 }
 """Our policies, for PPO and what is built on it."""
-_SCHEDULE = re.compile(r"(lin|cos)_(.+)")
+_SCHEDULE = re.compile(r"(lin|cos)_([^_]+)|lin_([^_]+)_([^_]+)")
 
 
 @dataclass
@@ -68,7 +68,8 @@ class RunConfig:
     teacher: str | None = None
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     vec_teacher_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Options of :class:`rpd_sb3.labelling.VecTeacher`: ``timeout``, ``on_failure``, ``patience``, ``instruction``."""
+    """Options of :class:`rpd_sb3.labelling.VecTeacher`: ``timeout``, ``on_failure``, ``patience``, ``instruction``,
+    ``take_over_steps``, ``take_over_at_start``."""
     warm_start: str | None = None
     """``.zip`` of a saved model of the same policy, whose weights training begins with."""
     hyperparams: dict[str, Any] = field(default_factory=dict)
@@ -81,8 +82,8 @@ class RunConfig:
 
 
 RUN_KEYS = tuple(name for name in RunConfig.__dataclass_fields__ if name != "hyperparams")
-NOT_OF_VEC_TEACHER = frozenset({"self", "venv", "teacher", "seed", "wait", "label_fraction"})
-"""Arguments of VecTeacher that the library gives; ``label_fraction`` is one of the algorithms."""
+NOT_OF_VEC_TEACHER = frozenset({"self", "venv", "teacher", "seed", "wait", "label_fraction", "teacher_share"})
+"""Arguments of VecTeacher that the library gives; ``label_fraction`` and ``teacher_share`` are those of the algorithms."""
 
 
 def check_section(section: Mapping[str, Any], algo: type[BaseAlgorithm]) -> RunConfig:
@@ -168,10 +169,15 @@ def _schedule(key: str, value: Any, annotation: Any) -> Any:
     try:
         if match is None:
             raise ValueError
-        start = float(match[2])
+        start, end = float(match[2] or match[3]), float(match[4] or 1.0)
+        if not 0.0 < end <= 1.0:
+            raise ValueError
     except ValueError:
-        raise ValueError(f"{key}={value!r} must be a number, or a schedule like lin_3e-4 or cos_1.0") from None
-    return LinearSchedule(start, 0.0, 1.0) if match[1] == "lin" else CosineSchedule(start)
+        raise ValueError(
+            f"{key}={value!r} must be a number, or a schedule like lin_3e-4, cos_1.0, or lin_1.0_0.6, which is 0 from 60 % "
+            "of training on"
+        ) from None
+    return CosineSchedule(start) if match[1] == "cos" else LinearSchedule(start, 0.0, end)
 
 
 def _vec_teacher_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,9 @@ class TrainingRun:
             print(f"stopped after {self.setup.model.num_timesteps:,} steps; the model is in {self.last_model}")
 
     def result(self) -> dict[str, Any]:
-        """The content of ``result.json``. Times, queries and ``labels_per_transition`` count from ``resumed_at`` on."""
+        """The content of ``result.json``. Times, queries, ``labels_per_transition`` and ``teacher_share``, the share
+        of transitions that the teacher acted on, count from ``resumed_at`` on.
+        """
         setup, model = self.setup, self.setup.model
         steps = model.num_timesteps - self._start_steps
         vec_teacher = find_vec_teacher(model.env)
@@ -156,6 +158,7 @@ class TrainingRun:
             "teacher": None if self.teacher_result is None else self.teacher_result.summary(),
             "teacher_queries": queries,
             "labels_per_transition": queries / steps if queries is not None and steps else None,
+            "teacher_share": vec_teacher.n_taught / steps if vec_teacher is not None and steps else None,
             "student_parameters": student_parameters(model),
             "student_bytes": student_bytes(model),
             "teacher_parameters": None if spec is None else spec.n_parameters,

@@ -26,11 +26,23 @@ def test_scientific_notation_is_a_number_at_any_depth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "values"), [("lin_3e-4", (3e-4, 1.5e-4, 0.0)), ("cos_1.0", (1.0, 0.5, 0.0)), ("cos_2", (2.0, 1.0, 0.0))]
+    ("text", "values"),
+    [
+        ("lin_3e-4", (3e-4, 1.5e-4, 0.0)),
+        ("lin_1.2_0.6", (1.2, 0.2, 0.0)),
+        ("lin_1_1", (1.0, 0.5, 0.0)),
+        ("cos_1.0", (1.0, 0.5, 0.0)),
+        ("cos_2", (2.0, 1.0, 0.0)),
+    ],
 )
 def test_schedule_goes_to_zero(text: str, values: tuple[float, ...]) -> None:
     schedule = build_hyperparams(check_section({"learning_rate": text}, PPO), PPO)["learning_rate"]
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx(values, abs=1e-15)
+
+
+def test_a_linear_schedule_may_end_before_training_does() -> None:
+    share = build_hyperparams(check_section({"teacher_share": "lin_1.0_0.6"}, RPD), RPD)["teacher_share"]
+    assert [share(progress) for progress in (0.7, 0.4, 0.3)] == pytest.approx([0.5, 0.0, 0.0])
 
 
 def test_cosine_schedule_is_flat_at_both_ends() -> None:
@@ -79,6 +91,10 @@ def test_config_keeps_what_the_file_says() -> None:
         ({"gamma": "lin_0.9"}, "gamma='lin_0.9'.*no schedule"),
         ({"learning_rate": "lin_x"}, "learning_rate='lin_x'.*a schedule like"),
         ({"learning_rate": "exp_1"}, "learning_rate='exp_1'.*a schedule like"),
+        ({"learning_rate": "lin_1_0"}, "learning_rate='lin_1_0'.*a schedule like"),
+        ({"learning_rate": "lin_1_1.5"}, "learning_rate='lin_1_1.5'.*a schedule like"),
+        ({"learning_rate": "cos_1_0.5"}, "learning_rate='cos_1_0.5'.*a schedule like"),
+        ({"teacher_share": "half"}, "teacher_share='half'.*a schedule like"),
         ({"n_envs": 0}, "n_envs=0"),
         ({"n_timesteps": "lots"}, "n_timesteps='lots' must be a whole number"),
         ({"policy": "MlpPolice"}, "'MlpPolice' is unknown"),
@@ -117,8 +133,10 @@ def test_class_of_another_kind_is_refused(key: str, name: Any) -> None:
 
 def test_options_of_vec_teacher_are_those_of_its_constructor() -> None:
     options = {"timeout": 3, "patience": "1e3", "on_failure": "wait", "instruction": None}
+    options |= {"take_over_steps": 40.0, "take_over_at_start": 0}
     config = check_section({"vec_teacher_kwargs": options}, RPD)
-    assert config.vec_teacher_kwargs == {"timeout": 3, "patience": 1000.0, "on_failure": "wait", "instruction": None}
+    assert config.vec_teacher_kwargs == options | {"patience": 1000.0}
+    assert isinstance(config.vec_teacher_kwargs["take_over_steps"], int)
     documented = (ROOT / "docs" / "serving.md").read_text() + (ROOT / "docs" / "openpi.md").read_text()
     named = set(re.findall(r"vec_teacher_kwargs\.(\w+)", documented))
     assert named
@@ -131,6 +149,8 @@ def test_options_of_vec_teacher_are_those_of_its_constructor() -> None:
         ("timout", 3, "'timout' in vec_teacher_kwargs; did you mean 'timeout'"),
         ("seed", 3, "'seed' in vec_teacher_kwargs; known are .*patience"),
         ("label_fraction", 0.5, "'label_fraction' in vec_teacher_kwargs"),
+        ("teacher_share", 0.5, "'teacher_share' in vec_teacher_kwargs"),
+        ("take_over_steps", 2.5, r"vec_teacher_kwargs.take_over_steps=2\.5 must be a whole number"),
         ("timeout", "abc", "vec_teacher_kwargs.timeout='abc' must be a number"),
     ],
 )

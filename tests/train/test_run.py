@@ -21,7 +21,7 @@ from rpd_sb3.evaluate import __main__ as evaluate
 from rpd_sb3.train import __main__ as train
 from rpd_sb3.train import folder as runs
 from tests.support.tiny_env import TINY, TinyEnv
-from tests.support.train_helpers import NAME, ppo, result_of, rpd, trained, weights_of
+from tests.support.train_helpers import NAME, ppo, progress_of, result_of, rpd, trained, weights_of
 
 
 def test_run_leaves_everything_behind(rpd_run: Path, teacher_file: Path) -> None:
@@ -65,7 +65,7 @@ def test_result(rpd_run: Path) -> None:
     assert result["teacher"].keys() == outcome
     assert result["student"]["timesteps"] == result["timesteps"] == 160
     assert (result["algo"], result["env"], result["seed"], result["complete"]) == ("rpd_ppo", TINY, 3, True)
-    assert (result["teacher_queries"], result["labels_per_transition"]) == (160, 1.0)
+    assert (result["teacher_queries"], result["labels_per_transition"], result["teacher_share"]) == (160, 1.0, 0.0)
     model = PPO.load(rpd_run / f"{NAME}.zip")
     assert result["student_parameters"] == sum(parameter.numel() for parameter in model.policy.parameters())
     assert result["fps"] == pytest.approx(160 / result["wall_s"], rel=0.01)
@@ -125,6 +125,23 @@ def test_tensorboard_folder_can_be_elsewhere(logs: Path, tmp_path: Path, capsys:
     assert len(list((tmp_path / "tb" / "ppo" / f"{NAME}_1").iterdir())) == 1
     assert not (logs / "ppo" / f"{NAME}_1" / "tensorboard").exists()
     assert "32/32 steps" in capsys.readouterr().out  # -P, the progress bar
+
+
+def test_the_teacher_acts_in_the_share_that_is_logged(logs: Path, teacher_file: Path) -> None:
+    words = [
+        "teacher_share:lin_1.0_0.6",
+        "vec_teacher_kwargs.take_over_steps:3",
+        "vec_teacher_kwargs.take_over_at_start:1.0",
+    ]
+    folder = trained([*rpd(logs, teacher_file, "--vec-env", "subproc", n=96), *words])
+    # 32 transitions a rollout and 10 steps an episode: the teacher has all, then those that have begun, then none.
+    shares = [float(share) for row in progress_of(folder) if (share := row["rollout/teacher_share"])]
+    assert len(shares) == 3
+    assert 1.0 == shares[0] > shares[1] > shares[2]
+    result = result_of(folder)
+    assert result["teacher_share"] == pytest.approx(np.mean(shares))
+    assert (result["teacher_queries"], result["labels_per_transition"]) == (96, 1.0)
+    assert yaml.safe_load((folder / "config.yml").read_text())["teacher_share"] == "lin_1.0_0.6"
 
 
 def test_images_are_labelled_and_evaluated(logs: Path, tmp_path: Path) -> None:
