@@ -33,7 +33,7 @@ from rpd_sb3.algos.buffers import (
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
 from rpd_sb3.algos.replay import LabelReplay, Pairs, check_fits, check_replay_device, choose_device, pair_bytes
-from rpd_sb3.contract.teacher import INFO_PREFIX, TAKEN_OVER, TeacherError
+from rpd_sb3.contract.teacher import INFO_PREFIX, TEACHERS_EPISODE, TeacherError
 from rpd_sb3.labelling.access import check_labels_given, check_teacher_acts, set_label_fraction, set_teacher_share
 
 Self = TypeVar("Self", bound="OnPolicyDistillation")
@@ -249,8 +249,8 @@ class OnPolicyDistillation(PPO):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 calls this once for each step that goes into the rollout buffer, and never for an aborted one.
-        # An episode that the teacher has helped with says nothing of the student's success.
-        super()._update_info_buffer([{} if info.get(TAKEN_OVER, False) else info for info in infos], dones)
+        # Only the episodes that the student was to have alone tell its success.
+        super()._update_info_buffer([{} if info.get(TEACHERS_EPISODE, False) else info for info in infos], dones)
         if self.needs:
             self.rollout_buffer.add_labels(infos, self.needs)  # type: ignore[attr-defined]
 

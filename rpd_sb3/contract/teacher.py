@@ -22,8 +22,9 @@ INFO_PREFIX = "teacher_"
 TEACHER_ACTED = INFO_PREFIX + "acted"
 """``info[TEACHER_ACTED]``: whether the teacher acted in this transition; there while it acts in some episodes."""
 
-TAKEN_OVER = "taken_over"
-"""``info[TAKEN_OVER]``, beside it: whether the teacher has acted in this transition or in one before, of the same episode."""
+TEACHERS_EPISODE = "teachers_episode"
+"""``info[TEACHERS_EPISODE]``, beside it: whether the teacher is to finish this episode, also where it ends before that. Of the
+episodes that the student was to have alone, the others say nothing: those that fail last until the teacher takes over."""
 
 EXECUTED_ACTION = "executed_action"
 """``info[EXECUTED_ACTION]``: the teacher's action as the environment got it, where the teacher acted."""

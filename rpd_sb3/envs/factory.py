@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -35,6 +35,7 @@ def make_env(
     on_success: str | None = None,
     control_mode: str | None = None,
     visuals: str | None = None,
+    crop: Sequence[float] | None = None,
     tokens: Tokens = False,
     teacher: TeacherSpec | None = None,
     render_mode: str | None = None,
@@ -53,6 +54,8 @@ def make_env(
     :param control_mode: ManiSkill controller [pd_ee_delta_pose]
     :param visuals: ``full``, as ManiSkill draws its scenes, or ``light``, with few triangles, which a CPU renders ten times
         faster; physics and states are the same [light where a CPU renders frames that no teacher looks at, else full]
+    :param crop: left, top and side of the square of the camera's image that the student sees, as shares of the image; it has
+        ``image_size`` pixels [all of it]
     :param tokens: act with tokens (:class:`~rpd_sb3.envs.ActionTokens`); a number says how many bins, True: 256. Their
         bounds are the teacher's; a mapping ``{low: [...], high: [...]}`` gives others, e.g. to go on without the teacher
     :param teacher: spec of the teacher; observations get its inputs under ``teacher/``
@@ -68,6 +71,7 @@ def make_env(
         "on_success": on_success,
         "control_mode": control_mode,
         "visuals": visuals,
+        "crop": crop,
     }
     if not is_maniskill(env_id):
         given = [name for name, value in options.items() if value is not None]
@@ -96,6 +100,7 @@ def make_env(
         teacher_inputs=() if teacher is None else teacher.inputs,
         teacher_image_size=teacher_size,
         visuals=default_visuals(teacher) if visuals is None else visuals,
+        crop=None if crop is None else as_crop(env_id, crop),
     )
     reward = reward or "sparse"
     maniskill.check_view(env_id, view, reward)
@@ -132,6 +137,18 @@ def with_token_bounds(options: Mapping[str, Any], teacher: TeacherSpec | None) -
         return dict(options)
     n_bins = N_BINS if tokens is True else tokens
     return dict(options) | {"tokens": {"n_bins": n_bins, "low": bounds.low.tolist(), "high": bounds.high.tolist()}}
+
+
+def as_crop(env_id: str, crop: Sequence[float]) -> tuple[float, float, float]:
+    """The three numbers of a crop.
+
+    :raises ValueError: if it is anything else
+    """
+    try:
+        left, top, side = (float(share) for share in crop)
+    except (TypeError, ValueError):
+        raise ValueError(f"env {env_id!r}: crop={crop!r} must be three numbers, [left, top, side]") from None
+    return left, top, side
 
 
 def default_visuals(teacher: TeacherSpec | None) -> str:

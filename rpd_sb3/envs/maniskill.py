@@ -14,7 +14,9 @@ import mani_skill.envs  # noqa: F401  (registers the tasks)
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from mani_skill.utils import common
+from mani_skill.utils.gym_utils import find_max_episode_steps_value
 from mani_skill.utils.logging_utils import logger as maniskill_logger
 from mani_skill.utils.wrappers import CPUGymWrapper
 
@@ -48,14 +50,21 @@ class View(NamedTuple):
     """Side of the teacher's image; None: the student's. The student's is then a downscaled copy."""
     visuals: str = "full"
     """``full``, as ManiSkill ships the scene, or ``light`` (:mod:`rpd_sb3.envs.visuals`)."""
+    crop: tuple[float, float, float] | None = None
+    """Left, top and side of the square that the student sees, as shares of the camera's image; None: all of it."""
 
     @property
     def renders(self) -> bool:
-        return self.obs != "state" or any(name.startswith("images.") for name in self.teacher_inputs)
+        return self.obs != "state" or self.shows_teacher
 
     @property
     def needs_state(self) -> bool:
         return self.obs == "state" or "state" in self.teacher_inputs
+
+    @property
+    def shows_teacher(self) -> bool:
+        """True if the teacher looks at the camera's image, so that all of it is rendered."""
+        return any(name.startswith("images.") for name in self.teacher_inputs)
 
     @property
     def observed_inputs(self) -> tuple[str, ...]:
@@ -149,6 +158,14 @@ class ManiSkillAdapter(gym.Wrapper):
         """The instruction for a VLA (paper, Table I); empty for a task that is not the paper's."""
         return self.task.instruction if self.task else ""
 
+    @property
+    def spec(self) -> EnvSpec | None:
+        """Gymnasium's, with the time limit, which ManiSkill keeps to itself."""
+        spec = super().spec
+        if spec is not None and spec.max_episode_steps is None:
+            spec.max_episode_steps = find_max_episode_steps_value(self.env)
+        return spec
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._episode_seeds = np.random.default_rng(seed)
@@ -185,6 +202,21 @@ class ManiSkillAdapter(gym.Wrapper):
             self._unhide()
         if view.renders and view.visuals == "light":
             use_light_visuals(self._scene.scene.sub_scenes[0])
+        if view.renders and view.crop is not None and not view.shows_teacher:
+            self._render_crop_only(*view.crop)
+
+    def _render_crop_only(self, left: float, top: float, side: float) -> None:
+        """Spend all pixels of the camera on a square of its image: the same rays, more closely.
+
+        :param left: of the square, as a share of the image
+        :param top: likewise
+        :param side: likewise
+        """
+        (camera,) = self._scene.scene.sensors["base_camera"].camera._render_cameras
+        cx, cy = (camera.cx - left * camera.width) / side, (camera.cy - top * camera.height) / side
+        camera.set_perspective_parameters(
+            camera.near, camera.far, camera.fx / side, camera.fy / side, cx, cy, camera.skew
+        )
 
     def _unhide(self) -> None:
         """Show what ManiSkill hides from its sensors: PickCube's goal marker (paper, section III-B)."""
@@ -249,6 +281,9 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _student_image(self, frame: Any) -> np.ndarray:
         size = self.view.image_size
+        if self.view.crop is not None and self.view.shows_teacher:
+            left, top, side = (round(share * frame.shape[0]) for share in self.view.crop)
+            frame = frame[top : top + side, left : left + side]
         if frame.shape[0] == size:
             return frame
         return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
@@ -297,6 +332,12 @@ def check_view(env_id: str, view: View, reward: str) -> None:
     check_choice(owner, "camera", view.camera, ("human", "base"))
     check_choice(owner, "on_success", view.on_success, ("terminate", "truncate", "continue"))
     check_choice(owner, "visuals", view.visuals, VISUALS)
+    if view.crop is not None:
+        left, top, side = view.crop
+        if not (left >= 0 and top >= 0 and 0 < side <= 1 - max(left, top)):
+            raise ValueError(
+                f"{owner}: crop={list(view.crop)} must be left, top and side of a square within the image, as shares of it"
+            )
     if view.image_size < 8 or view.image_size > view.render_size:
         raise ValueError(
             f"env {env_id!r}: image_size={view.image_size} must be between 8 and the teacher's {view.render_size} pixels"

@@ -31,8 +31,6 @@ class TakeOvers:
         self.steps = steps
         self.at_start = at_start
         self.share = 0.0
-        self.taken_over = np.zeros(n_envs, dtype=bool)
-        """(N,) True where the teacher has acted in the current episode."""
         self._rngs = [np.random.default_rng([seed, env]) for env in range(n_envs)]
         self._draws = np.zeros((n_envs, 3))
         self._step = np.zeros(n_envs, dtype=np.int64)
@@ -45,9 +43,9 @@ class TakeOvers:
         return self._step >= self._at
 
     @property
-    def any_to_come(self) -> bool:
-        """True while the teacher finishes an episode, now or later."""
-        return bool((self._at < NEVER).any())
+    def teachers(self) -> np.ndarray:
+        """(N,) True where the teacher is to finish the current episode, be it now or later."""
+        return self._at < NEVER
 
     def set_share(self, share: float) -> None:
         """Change the share of episodes that the teacher finishes, from those on that have not made a step.
@@ -64,7 +62,6 @@ class TakeOvers:
         for env in envs:
             self._draws[env] = self._rngs[env].random(3)
         self._step[envs] = 0
-        self.taken_over[envs] = False
         self._decide(envs)
 
     def advance(self, envs: np.ndarray, dones: np.ndarray) -> None:

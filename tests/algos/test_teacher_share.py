@@ -89,7 +89,9 @@ def test_losses_are_those_of_the_students_transitions_alone(clip_range_vf: float
     batch = next(model.rollout_buffer.get(32))
     own = ~batch.teacher_acted
     assert 3 < own.sum() < 29
-    alone = batch._replace(**{name: getattr(batch, name)[own] for name in batch._fields if name != "labels"})
+    alone = batch._replace(
+        **{name: getattr(batch, name)[own] for name in batch._fields if name not in ("labels", "replayed")}
+    )
     parameters = list(model.policy.parameters())
     found, expected = defaultdict(list), defaultdict(list)
     for loss, wanted in zip(model._ppo_losses(batch, found)[1:], model._ppo_losses(alone, expected)[1:]):
@@ -162,11 +164,11 @@ def test_episodes_that_the_teacher_helped_with_do_not_count_as_the_students() ->
     class Watched(RPD):
         def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
             super()._update_info_buffer(infos, dones)
-            ends.extend((info["taken_over"], info["is_success"]) for info in infos if "episode" in info)
+            ends.extend((info["teachers_episode"], info["is_success"]) for info in infos if "episode" in info)
 
     model = Watched("MlpPolicy", counted(), teacher_share=0.5, **SMALL)
     model.learn(256)
-    own = [success for taken_over, success in ends if not taken_over]
+    own = [success for teachers, success in ends if not teachers]
     assert 5 < len(own) < len(ends) - 5
     assert list(model.ep_success_buffer) == own
     assert len(model.ep_info_buffer) == len(own)

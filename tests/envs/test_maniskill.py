@@ -146,6 +146,30 @@ def test_a_camera_can_be_moved_and_keeps_its_size_and_field_of_view(renderer: No
     assert np.abs(frames[0] - frames[1]).mean() > 5
 
 
+def test_a_crop_is_a_part_of_the_cameras_image_in_more_detail(renderer: None) -> None:
+    whole, crop = make_env("PickCube-v1", obs="rgb", image_size=128), (32 / 128, 56 / 128, 0.5)
+    part = make_env("PickCube-v1", obs="rgb", image_size=64, crop=crop)
+    for options in ({}, {"reconfigure": True}):
+        (frame, _), (cut, _) = (env.reset(seed=1, options=options) for env in (whole, part))
+        differs = (frame[56:120, 32:96] != cut).any(axis=-1)
+        assert differs.mean() < 0.01, "the same rays; edges of triangles fall to either side"
+    whole.close()
+    part.close()
+
+
+def test_a_crop_of_what_the_teacher_sees_is_cut_out_of_it(renderer: None) -> None:
+    looks = spec("images.human", image_sizes={"human": (96, 96)})
+    env = make_env("PickCube-v1", obs="rgb", image_size=48, crop=[0.25, 0.5, 0.5], teacher=looks)
+    obs, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(obs["rgb"], obs["teacher/images.human"][48:96, 24:72])
+    env.close()
+
+
+def test_the_time_limit_is_in_the_spec(pick_cube: gym.Env) -> None:
+    assert pick_cube.spec is not None
+    assert pick_cube.spec.max_episode_steps == 50
+
+
 def test_images_have_the_asked_size_and_show_the_goal_marker(renderer: None) -> None:
     env = make_env("PickCube-v1", obs="rgb+state", image_size=128)
     assert env.observation_space["rgb"] == spaces.Box(0, 255, (128, 128, 3), np.uint8)  # type: ignore[index]
@@ -234,6 +258,11 @@ def test_the_teachers_wrapper_around_maniskill_passes_check_env() -> None:
         ({"reward": "shaped"}, "reward='shaped' is unknown"),
         ({"camera": "wrist"}, "camera='wrist' is unknown"),
         ({"on_success": "stop"}, "on_success='stop' is unknown"),
+        (
+            {"obs": "rgb", "crop": [0.6, 0.2, 0.5]},
+            r"crop=\[0.6, 0.2, 0.5\] must be left, top and side of a square within",
+        ),
+        ({"obs": "rgb", "crop": 0.5}, "crop=0.5 must be three numbers"),
         ({"image_size": 4}, "image_size=4 must be between 8 and"),
         ({"teacher": spec("images.wrist")}, "the teacher asks for 'images.wrist', but env 'PickCube-v1'.*images.human"),
         ({"teacher": spec("privileged", env_id="PushCube-v1")}, "only knows env 'PushCube-v1', not 'PickCube-v1'"),

@@ -9,10 +9,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from rpd_sb3.algos.augmentation import random_shift, shifted_images
-from rpd_sb3.students import CompactCNN, PaperCnnPolicy
+from rpd_sb3.students import CompactCNN, KeypointCNN, PaperCnnPolicy
+from rpd_sb3.students.cnn import SpatialSoftArgmax
 from rpd_sb3.train.hyperparams import policy_class
 
 ACTIONS = spaces.Box(-1.0, 1.0, (7,), np.float32)
@@ -104,8 +106,25 @@ def test_half_the_channels_are_a_quarter_of_the_convolutions_weights() -> None:
         CompactCNN(image(64), n_channels=33)
 
 
-def test_vectors_are_normalized_and_appended() -> None:
-    extractor = CompactCNN(spaces.Dict({"rgb": image(84), "state": VECTOR}))
+def test_a_point_lies_where_its_channel_responds() -> None:
+    maps = th.zeros(1, 3, 5, 9)
+    maps[0, 0, 4, 8] = maps[0, 1, 0, 2] = 200.0  # lower right corner; a quarter along the upper edge; nothing
+    points = SpatialSoftArgmax(3, 5, 9)(maps)
+    th.testing.assert_close(points, th.tensor([[1.0, 1.0, -0.5, -1.0, 0.0, 0.0]]))
+
+
+def test_a_student_of_points_is_small() -> None:
+    extractor = KeypointCNN(image(64))
+    assert extractor.features_dim == 64
+    assert count(extractor) == (3 * 64 + 1) * 32 + 2 * (32 * 9 + 1) * 32 + 32
+    assert KeypointCNN(image(96), n_points=5)(th.rand(2, 3, 96, 96)).shape == (2, 10)
+    with pytest.raises(ValueError, match="n_points=0 and n_channels=32 must be positive"):
+        KeypointCNN(image(64), n_points=0)
+
+
+@pytest.mark.parametrize("extractor_class", [CompactCNN, KeypointCNN])
+def test_vectors_are_normalized_and_appended(extractor_class: type[BaseFeaturesExtractor]) -> None:
+    extractor = extractor_class(spaces.Dict({"rgb": image(84), "state": VECTOR}))
     assert extractor.features_dim == 64 + 25
     obs = {"rgb": th.rand(40, 3, 84, 84), "state": 7.0 + 3.0 * th.randn(40, 25)}
     extractor(obs)
@@ -113,8 +132,9 @@ def test_vectors_are_normalized_and_appended() -> None:
     th.testing.assert_close(appended.mean(0), th.zeros(25), atol=1e-4, rtol=0)
 
 
-def test_every_pixel_and_every_weight_takes_part() -> None:
-    extractor = CompactCNN(image(32))
+@pytest.mark.parametrize("extractor_class", [CompactCNN, KeypointCNN])
+def test_every_pixel_and_every_weight_takes_part(extractor_class: type[BaseFeaturesExtractor]) -> None:
+    extractor = extractor_class(image(32))
     pixels = th.rand(1, 3, 32, 32, requires_grad=True)
     extractor(pixels).square().sum().backward()
     assert pixels.grad is not None
@@ -135,11 +155,12 @@ def test_other_observations_are_refused(space: spaces.Space, message: str) -> No
         CompactCNN(space)
 
 
+@pytest.mark.parametrize("extractor_class", [CompactCNN, KeypointCNN])
 @pytest.mark.parametrize("obs", ["image", "both"])
-def test_it_survives_saving(obs: str, tmp_path: Any) -> None:
+def test_it_survives_saving(obs: str, extractor_class: type[BaseFeaturesExtractor], tmp_path: Any) -> None:
     space = image(32) if obs == "image" else spaces.Dict({"rgb": image(32), "state": VECTOR})
     policy = PPO.policy_aliases["CnnPolicy" if obs == "image" else "MultiInputPolicy"](
-        space, ACTIONS, lambda _: 1e-3, features_extractor_class=CompactCNN
+        space, ACTIONS, lambda _: 1e-3, features_extractor_class=extractor_class
     )
     policy.save(tmp_path / "policy")
     loaded = type(policy).load(tmp_path / "policy")
