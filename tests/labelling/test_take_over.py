@@ -338,21 +338,21 @@ def test_a_teacher_that_gives_no_action_cannot_act() -> None:
 
 
 class Sleeping(CountingEnv):
-    """Takes 12 ms for a step, asleep, so that the load of the machine hardly counts."""
+    """Takes 8 ms for a step, asleep, so that the load of the machine hardly counts."""
 
     def step(self, action: np.ndarray) -> Any:
-        time.sleep(0.012)
+        time.sleep(0.008)
         return super().step(action)
 
 
 def test_a_rollout_takes_as_long_as_the_slower_of_both_also_while_the_teacher_acts() -> None:
-    """Environments of 48 ms a step, a teacher of 48 ms for the same observations; one after the other: 1.5 to 2 times that."""
+    """Environments of 32 ms a step, a teacher of 32 ms for the same observations; one after the other: 1.5 to 2 times that."""
 
     def doze(query: Query) -> np.ndarray:
-        time.sleep(0.006 * len(query.env_ids))
+        time.sleep(0.004 * len(query.env_ids))
         return np.zeros((len(query.env_ids), 2), np.float32)
 
-    def seconds(venv: VecTeacher, share: float, fraction: float = 1.0, n_steps: int = 10) -> float:
+    def seconds(venv: VecTeacher, share: float, fraction: float = 1.0, n_steps: int = 20) -> float:
         venv.set_label_fraction(fraction)
         venv.set_teacher_share(share)
         venv.reset()
@@ -363,7 +363,7 @@ def test_a_rollout_takes_as_long_as_the_slower_of_both_also_while_the_teacher_ac
             np.asarray(info["teacher_action"])
         return time.monotonic() - start
 
-    def teacher_alone(venv: VecTeacher, n_steps: int = 10) -> float:
+    def teacher_alone(venv: VecTeacher, n_steps: int = 20) -> float:
         start = time.monotonic()
         for _ in range(n_steps):
             venv.label()
@@ -373,7 +373,7 @@ def test_a_rollout_takes_as_long_as_the_slower_of_both_also_while_the_teacher_ac
         venv = VecTeacher(envs, EchoTeacher(doze), take_over_steps=5)
         limit = 1.15 * max(seconds(venv, 0.0, 0.0), teacher_alone(venv))
         for share in (1.0, 0.5):
-            assert min(seconds(venv, share) for _ in range(2)) <= limit
+            assert any(seconds(venv, share) <= limit for _ in range(4)), "a busy machine may spoil some of them"
         venv._pool = None  # all at once
         assert seconds(venv, 1.0) > 1.3 * limit
 
