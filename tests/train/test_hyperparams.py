@@ -190,13 +190,14 @@ def test_every_task_has_a_sparse_and_a_dense_section(algo: str, env_id: str) -> 
     assert ("teacher" in sections[env_id]) == (algo == "rpd_ppo")
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
 @pytest.mark.parametrize("env_id", TASKS)
 @pytest.mark.parametrize("obs", ["rgb", "rgb+state"])
-def test_every_task_has_sections_for_pixels(algo: str, env_id: str, obs: str) -> None:
-    section = load_section(find_config(algo), env_id, asked=[obs])
-    assert section["env_kwargs"]["obs"] == obs
-    assert section["policy_kwargs"]["features_extractor_class"] == "rpd_sb3.students.CompactCNN"
+def test_every_task_has_sections_for_pixels_and_the_baseline_sees_the_same(env_id: str, obs: str) -> None:
+    ours, ppo = (load_section(find_config(algo), env_id, asked=[obs]) for algo in ("rpd_ppo", "ppo"))
+    assert ours["env_kwargs"]["obs"] == obs
+    assert ours["env_kwargs"] == ppo["env_kwargs"]
+    for key in ("features_extractor_class", "net_arch", "activation_fn"):
+        assert ours["policy_kwargs"][key] == ppo["policy_kwargs"][key]
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rpd_ppo"])
