@@ -1,5 +1,5 @@
 # `make help` lists the targets. `make train` and `make test` set up a fresh machine themselves.
-#   ARGS    more arguments for train, demo-remote, test, bench and doctor:  make train ARGS="--seed 1 -n 50000"
+#   ARGS    more arguments for train, train-pixels, demo-remote, test, bench and doctor:  make train ARGS="--seed 1 -n 50000"
 #   TORCH   what pip installs:  make test TORCH="torch==2.13.0 --index-url <PyTorch's index for CPU builds>"
 #   PYTHON  interpreter for the virtual environments, 3.10 to 3.12;  VENV, TEACHER_VENV  where they lie
 VENV ?= .venv
@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.rpd_sb3-installed
 TEACHER_INSTALLED := $(TEACHER_VENV)/.rpd_sb3-installed
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help train demo-remote test test-slow check format check-format lint type bench doctor system vulkan clean
+.PHONY: help train train-pixels demo-remote test test-slow check format check-format lint type bench doctor system vulkan clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -21,6 +21,9 @@ help:  ## this list
 
 train: $(INSTALLED)  ## distil a noisy teacher into a student on PickCube
 	$(RUN) -m rpd_sb3.train --algo rpd_ppo --env PickCube-v1 --section noisy-teacher $(ARGS)
+
+train-pixels: $(INSTALLED)  ## the same from a camera, without noise: PickCube from 64 x 64 pixels, to an exported expert
+	scripts/train_pixels.sh $(RUN) $(ARGS)
 
 demo-remote: $(INSTALLED) $(TEACHER_INSTALLED)  ## the same, with the teacher behind HTTP in an environment without torch
 	scripts/demo_remote.sh $(RUN) $(TEACHER_VENV)/bin/python $(ARGS)
