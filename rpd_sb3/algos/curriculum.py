@@ -137,6 +137,8 @@ class Curriculum:
             raise ValueError("there can be one hand-over: give success_cutoff or then, not both")
         if not residual_coef >= 0:
             raise ValueError(f"residual_coef={residual_coef} must not be negative")
+        if ppo_coef is not None and not ppo_coef >= 0:
+            raise ValueError(f"reward_ppo_coef={ppo_coef} must not be negative")
         self.hand_over = hand_over
         self.reward_ppo_coef = self.ppo_coef if ppo_coef is None else ppo_coef
         self.residual_coef = residual_coef

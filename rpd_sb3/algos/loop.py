@@ -63,6 +63,7 @@ class OnPolicyDistillation(PPO):
         there on, and back if the success rate falls below half of that. None: no hand-over
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
+    :param reward_ppo_coef: weight of the surrogate while the reward leads; None: ``ppo_coef``
     :param label_fraction: share of the student's transitions to label
     :param teacher_share: share of the training episodes that the teacher finishes, a number or a schedule of the remaining
         progress: the student begins, and the teacher takes over at a random step
@@ -79,7 +80,7 @@ class OnPolicyDistillation(PPO):
     :param replay_device: where the label replay lies: ``cuda``, ``cpu`` (the host's memory; with a model on a GPU, the next
         pairs are fetched while it computes), or ``auto``: the model's device if the full replay fits there, else ``cpu``
     :param image_shift: pixels by which the imitation term moves each image at random (:mod:`rpd_sb3.algos.augmentation`)
-    :param ppo_coef: weight of the surrogate
+    :param ppo_coef: weight of the surrogate while imitation leads
     :param clip_range_high: upper side of the clip range (DAPO's clip-higher, Yu et al., 2025); None: ``clip_range``
     :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
         would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
@@ -98,6 +99,7 @@ class OnPolicyDistillation(PPO):
         distill_coef: float | Schedule = 1.0,
         success_cutoff: float | None = None,
         reward_learning_rate: float | None = None,
+        reward_ppo_coef: float | None = None,
         label_fraction: float = 1.0,
         teacher_share: float | Schedule = 0.0,
         label_replay: int = 0,
@@ -134,7 +136,11 @@ class OnPolicyDistillation(PPO):
         if self.curriculum.shares is not None and not self.needs:
             raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")
         if success_cutoff is not None:
-            self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True))
+            self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True), ppo_coef=reward_ppo_coef)
+        elif reward_ppo_coef is not None:
+            raise ValueError(
+                f"{type(self).__name__}: {reward_ppo_coef=} needs success_cutoff: else the reward never leads"
+            )
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
         self.label_fraction = label_fraction
         self.label_replay = label_replay
@@ -284,13 +290,14 @@ class OnPolicyDistillation(PPO):
         buffer: Any = self.rollout_buffer
         distils = distill_coef > 0 and bool(buffer.labels) and self.imitation_updates is None
         use_surrogate = True
+        max_kl = None if self.target_kl is None or self.curriculum.surrogate_coef == 0 else 1.5 * self.target_kl
         logs: defaultdict[str, list[float]] = defaultdict(list)
 
         for epoch in range(self.n_epochs if self._ppo_learns() else 0):
             logs["approx_kl"].clear()  # like SB3, log that of the last epoch
             for batch in buffer.get(self.batch_size):
                 student, surrogate, value_loss, approx_kl = self._ppo_losses(batch, logs)
-                exceeded = self.target_kl is not None and approx_kl > 1.5 * self.target_kl
+                exceeded = max_kl is not None and approx_kl > max_kl
                 if use_surrogate and exceeded and self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 use_surrogate = use_surrogate and not exceeded

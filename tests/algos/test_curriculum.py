@@ -124,6 +124,19 @@ def test_negative_weights_are_refused(key: str) -> None:
         RPD("MlpPolicy", None, **{key: -1}, _init_setup_model=False)
 
 
+def test_the_surrogate_may_wait_for_the_reward() -> None:
+    curriculum = RPD(
+        "MlpPolicy", None, ppo_coef=0.0, success_cutoff=0.5, reward_ppo_coef=0.7, _init_setup_model=False
+    ).curriculum
+    for success_rate, coef in ((0.4, 0.0), (0.6, 0.7), (0.3, 0.7), (0.2, 0.0)):
+        curriculum.update(0, 1.0, success_rate)
+        assert curriculum.surrogate_coef == coef
+    with pytest.raises(ValueError, match=r"reward_ppo_coef=1.0 needs success_cutoff"):
+        RPD("MlpPolicy", None, reward_ppo_coef=1.0, _init_setup_model=False)
+    with pytest.raises(ValueError, match="reward_ppo_coef=-1 must not be negative"):
+        RPD("MlpPolicy", None, success_cutoff=0.5, reward_ppo_coef=-1, _init_setup_model=False)
+
+
 @pytest.mark.parametrize(
     "key", ["reward_learning_rate", "clip_range_high", "success_cutoff", "label_fraction", "replay_batch_size"]
 )
