@@ -205,6 +205,8 @@ def _inputs(manifest: dict[str, Any]) -> str:
             f"Camera `{camera['name']}`, {camera['width']}x{camera['height']}, field of view {camera['fov']:.3f} rad, pose "
             f"{camera['pose']} ({camera['pose_layout']})."
         )
+        if crop := camera["crop"]:
+            facts.append(f"Crop: {crop} ({camera['crop_layout']}).")
     return "\n".join(lines) + ("\n\n" + " ".join(facts) if facts else "")
 
 

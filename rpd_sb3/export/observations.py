@@ -152,6 +152,8 @@ def _facts_of(env: gym.Env, env_id: str) -> dict[str, Any]:
             "pose": np.asarray(config.pose.raw_pose[0].cpu(), np.float64).round(6).tolist(),
             "pose_layout": "position x y z in metres, quaternion w x y z, of the camera in the world",
             "fov": None if config.fov is None else float(config.fov),
+            "crop": None if view.crop is None else dict(zip(("left", "top", "side"), view.crop)),
+            "crop_layout": "square of the camera's image that the policy sees, as shares of it; scaled to width and height",
         }
     if view.obs == "rgb+state":
         facts["state"] = PROPRIOCEPTION
