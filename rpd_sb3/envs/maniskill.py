@@ -223,7 +223,7 @@ class ManiSkillAdapter(gym.Wrapper):
     def _observation(self, raw: Any) -> Any:
         view = self.view
         state = raw
-        frame = self._render() if view.renders else None
+        frame = self.render_frame() if view.renders else None
         obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":
             obs["state"] = self._proprioception()
@@ -234,8 +234,8 @@ class ManiSkillAdapter(gym.Wrapper):
             obs[TEACHER_PREFIX + name] = value
         return obs
 
-    def _render(self) -> np.ndarray:
-        """The camera's frame now, ``(H, W, 3)`` uint8.
+    def render_frame(self) -> np.ndarray:
+        """What the camera sees now, ``(H, W, 3)`` uint8.
 
         ManiSkill's own would come with the camera's matrices and a state that nobody reads.
         """
