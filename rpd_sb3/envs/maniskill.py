@@ -24,6 +24,7 @@ from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
+from rpd_sb3.envs.controllers import use_fast_hand_pose
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.visuals import VISUALS, use_light_visuals
 
@@ -197,6 +198,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _prepare_scene(self) -> None:
         """What is to be done whenever ManiSkill has built the scene."""
+        use_fast_hand_pose(self._scene.agent)
         view = self.view
         if view.renders and view.camera == "human":
             self._unhide()
@@ -253,7 +255,7 @@ class ManiSkillAdapter(gym.Wrapper):
     def _observation(self, raw: Any) -> Any:
         view = self.view
         state = raw
-        frame = self._render() if view.renders else None
+        frame = self.render_frame() if view.renders else None
         obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":
             obs["state"] = self._proprioception()
@@ -264,8 +266,8 @@ class ManiSkillAdapter(gym.Wrapper):
             obs[TEACHER_PREFIX + name] = value
         return obs
 
-    def _render(self) -> np.ndarray:
-        """The camera's frame now, ``(H, W, 3)`` uint8.
+    def render_frame(self) -> np.ndarray:
+        """What the camera sees now, ``(H, W, 3)`` uint8.
 
         ManiSkill's own would come with the camera's matrices and a state that nobody reads.
         """
