@@ -6,14 +6,19 @@ Evaluation and checkpoints come between two rollouts, after the update: a saved 
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.table import Column
+from rich.text import Text
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
@@ -21,6 +26,10 @@ from rpd_sb3.episodes.play import EvalResult, Evaluator
 from rpd_sb3.labelling.access import find_vec_teacher
 from rpd_sb3.train.folder import Evaluations, read_evaluations, save_model
 
+N_CYCLES = 50
+"""Last rollouts with their updates from which the time left is estimated."""
+LINE_EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
 Deferred = Callable[[], AbstractContextManager[None]]
 """Makes the context in which files are written, see :meth:`rpd_sb3.cli.interrupt.Interrupt.deferred`."""
 
@@ -161,41 +170,93 @@ class CheckpointCallback(EveryNSteps):
             save_model(self.model, self.folder / f"rl_model_{self.num_timesteps}_steps.zip")
 
 
-class ProgressCallback(BaseCallback):
-    """A bar with steps, success rate of the rollouts, speed, latency of the teacher, and time left.
+class Pace:
+    """How long training takes yet, from whole cycles of a rollout and its update.
+
+    Within a rollout steps come fast, and none at all during its update: the speed of the last seconds says little.
 
     :param total: environment steps at the end
     """
 
     def __init__(self, total: int) -> None:
+        self.total = total
+        self._cycles: deque[tuple[float, int]] = deque(maxlen=N_CYCLES + 1)
+
+    def begin_cycle(self, now: float, steps: int) -> None:
+        """Note the start of a rollout.
+
+        :param now: seconds
+        :param steps: environment steps so far
+        """
+        self._cycles.append((now, steps))
+
+    def time_left(self, now: float) -> float | None:
+        """Seconds to the end of the last update; None before the first whole cycle is over.
+
+        :param now: seconds
+        """
+        if len(self._cycles) < 2:
+            return None
+        (first, steps_then), (last, steps) = self._cycles[0], self._cycles[-1]
+        n_cycles = len(self._cycles) - 1
+        cycles_left = math.ceil(
+            (self.total - steps) * n_cycles / (steps - steps_then)
+        )  # training ends with a whole one
+        return max(cycles_left * (last - first) / n_cycles - (now - last), 0.0)
+
+
+class ProgressCallback(BaseCallback):
+    """A bar with steps, success rate of the rollouts, speed, latency of the teacher, elapsed time and time left.
+
+    Where the output is not a terminal, a line at most every :data:`LINE_EVERY` seconds.
+
+    :param total: environment steps at the end
+    :param clock: tells the seconds
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        columns = (
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, refresh_per_second=4)
-        self._task = self._bar.add_task("", total=total, status="")
-        self._updated = 0.0
+        self.pace = Pace(total)
+        self.clock = clock
+        self._bar = Progress(BarColumn(bar_width=20), _Line(self), refresh_per_second=4)
+        self._task = self._bar.add_task("", total=total)
         self._start = (0.0, 0)
+        self._printed = 0.0
+        self._success: float | None = None
 
     def _on_training_start(self) -> None:
-        self._start = (time.monotonic(), self.num_timesteps)
+        self._start = (self.clock(), self.num_timesteps)
+        self._printed = self._start[0]
         self._bar.start()
 
+    def _on_rollout_start(self) -> None:
+        now = self.clock()
+        self.pace.begin_cycle(now, self.num_timesteps)
+        if not self._bar.console.is_terminal and now - self._printed >= LINE_EVERY:
+            self._printed = now
+            print(self.line(), flush=True)
+
     def _on_step(self) -> bool:
-        now = time.monotonic()
-        if now - self._updated > 0.25:
-            self._updated = now
-            self._bar.update(self._task, completed=self.num_timesteps, status=self._status(now))
+        self._bar.update(self._task, completed=self.num_timesteps)
         return True
 
-    def _status(self, now: float) -> str:
-        start, steps = self._start
-        parts = [f"{(self.num_timesteps - steps) / max(now - start, 1e-9):.0f} fps"]
+    def _on_rollout_end(self) -> None:
         if self.model.ep_success_buffer:
-            parts.insert(0, f"success {safe_mean(self.model.ep_success_buffer):.0%}")
+            self._success = safe_mean(self.model.ep_success_buffer)
+
+    def line(self) -> str:
+        """``42% | 21,504/51,200 steps | success 34% | 0:04:04 elapsed | 0:05:37 left | 88 fps``"""
+        now, total = self.clock(), self.pace.total
+        start, steps = self._start
+        parts = [f"{min(self.num_timesteps / total, 1):.0%}", f"{self.num_timesteps:,}/{total:,} steps"]
+        if self._success is not None:
+            parts.append(f"success {self._success:.0%}")
+        left = self.pace.time_left(now)
+        parts += [
+            f"{_clock(now - start)} elapsed",
+            "time left not known yet" if left is None else f"{_clock(left)} left",
+        ]
+        parts.append(f"{(self.num_timesteps - steps) / max(now - start, 1e-9):.0f} fps")
         vec_teacher = find_vec_teacher(self.model.env)
         if vec_teacher is not None and vec_teacher.label_latency is not None:
             parts.append(f"label {1000 * vec_teacher.label_latency:.0f} ms")
@@ -206,3 +267,18 @@ class ProgressCallback(BaseCallback):
         if self.model is not None:
             self._bar.update(self._task, completed=self.num_timesteps)
         self._bar.stop()
+
+
+class _Line(ProgressColumn):
+    """The callback's line, made anew whenever the bar is drawn: its times go on during an update."""
+
+    def __init__(self, callback: ProgressCallback) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.callback = callback
+
+    def render(self, task: Task) -> Text:
+        return Text("" if self.callback.model is None else self.callback.line())
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
