@@ -30,7 +30,7 @@ def use_fast_hand_pose(agent: Any) -> None:
     for controller in getattr(agent.controller, "controllers", {"": agent.controller}).values():
         kind = type(controller)
         if getattr(kind, "ee_pose_at_base", None) is PDEEPosController.ee_pose_at_base:
-            controller.__class__ = _with_fast_hand_pose(kind)
+            controller.__class__ = _with_fast_hand_pose(kind)  # type: ignore[arg-type]
 
 
 @cache

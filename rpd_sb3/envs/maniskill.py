@@ -160,7 +160,7 @@ class ManiSkillAdapter(gym.Wrapper):
         return self.task.instruction if self.task else ""
 
     @property
-    def spec(self) -> EnvSpec | None:
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
         """Gymnasium's, with the time limit, which ManiSkill keeps to itself."""
         spec = super().spec
         if spec is not None and spec.max_episode_steps is None:
