@@ -1,6 +1,6 @@
 """Walkthrough: from a camera image to a folder that acts without simulator, VLA, PyTorch or this library.
 
-    python examples/pixels_to_robot.py            # about half an hour on two cores
+    python examples/pixels_to_robot.py            # about ten minutes on two cores
     python examples/pixels_to_robot.py --short    # everything once, far too short to learn
 
 The cells (# %%) open as a notebook in Jupyter, VS Code and PyCharm. It needs: pip install 'rpd_sb3[export,maniskill]'
@@ -29,7 +29,7 @@ def run(*words: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-# %% Distil the scripted teacher into a compact CNN that sees one 128 x 128 image of the side-view camera, and nothing else.
+# %% Distil the scripted teacher into a small CNN that sees 64 x 64 pixels of the side-view camera, and nothing else.
 short = [
     "-n",
     "64",
@@ -62,7 +62,7 @@ print(json.dumps(manifest["observation"], indent=2), json.dumps(manifest["action
 from rpd_sb3.export.runtime import load  # noqa: E402
 
 policy = load(expert)
-image = np.zeros((128, 128, 3), np.uint8)  # what a camera gives: height, width, channels
+image = np.zeros((64, 64, 3), np.uint8)  # the square of the camera's image that policy.json names: height, width, channels
 print("an action for a black image:", policy(image))
 
 # %% The same folder in the simulator.
