@@ -1,0 +1,152 @@
+"""What one image gradient costs: forward and backward of CompactCNN with its heads, and how precision, layout and compiler change it.
+
+    python benchmarks/gradients.py
+
+measures all that this machine can do and prints a Markdown table; the numbers, the command and the machine go to
+``results/gradients.json``, of which ``--show`` prints the table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
+from stable_baselines3.common.utils import ConstantSchedule
+
+from rpd_sb3.students import CompactCNN
+
+RESULTS = Path(__file__).parent / "results" / "gradients.json"
+BATCH = 256
+BUDGET = 6.0
+"""Seconds for each cell after its warm-up; at least three steps are measured, or the first one if that takes longer."""
+WARM_UP = 2
+"""Steps that are not measured."""
+
+
+def make_policy(pixels: int, device: str) -> Any:
+    """The student of the pixel recipes: CompactCNN and two heads of 256, 256."""
+    image = spaces.Box(0, 255, (3, pixels, pixels), np.uint8)
+    action = spaces.Box(-1, 1, (7,), np.float32)
+    kwargs: dict[str, Any] = {"features_extractor_class": CompactCNN, "net_arch": [256, 256]}
+    kwargs |= {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.AdamW}
+    return ActorCriticCnnPolicy(image, action, ConstantSchedule(3e-4), **kwargs).to(device)
+
+
+def measure(pixels: int, threads: int, precision: str, layout: str, compiled: bool, device: str) -> float:
+    """Median milliseconds for each image of one optimizer step on a replayed batch.
+
+    :param layout: in which the uint8 batch arrives; the network itself always computes channels last
+    """
+    th.set_num_threads(threads)
+    th.manual_seed(0)
+    policy = make_policy(pixels, device)
+    batch = th.randint(0, 256, (BATCH, 3, pixels, pixels), dtype=th.uint8, device=device)
+    if layout == "channels last":
+        batch = batch.contiguous(memory_format=th.channels_last)
+    labels = th.rand(BATCH, 7, device=device) * 2 - 1
+    if compiled:
+        policy.features_extractor.forward = th.compile(policy.features_extractor.forward)
+
+    def step() -> None:
+        with th.autocast(device, dtype=th.bfloat16) if precision == "bf16" else nullcontext():
+            loss = (policy.get_distribution(batch).mode() - labels).square().mean()
+        policy.optimizer.zero_grad()
+        loss.backward()
+        th.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        policy.optimizer.step()
+        if device == "cuda":
+            th.cuda.synchronize()
+
+    times: list[float] = []
+    until = float("inf")
+    for i in itertools.count():
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        if i == 0 and times[0] > BUDGET and not compiled:  # slow without doubt
+            break
+        if i == WARM_UP - 1:
+            times, until = [], time.perf_counter() + BUDGET
+        if i >= WARM_UP + 2 and (time.perf_counter() > until or len(times) >= 50):
+            break
+    return round(1000 * statistics.median(times) / BATCH, 4)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cpu_capability": th.backends.cpu.get_cpu_capability(),
+        "gpu": th.cuda.get_device_name() if th.cuda.is_available() else None,
+        "torch": th.__version__,
+    }
+
+
+def cells(device: str, threads: list[int]) -> list[tuple[int, int, str, str, bool]]:
+    """Pixels, threads, precision, layout and whether it is compiled: one change at a time."""
+    kinds = [("fp32", "channels first", False), ("fp32", "channels last", False)]
+    kinds += [("bf16", "channels first", False), ("fp32", "channels first", True)]
+    if device == "cuda":
+        kinds.append(("bf16", "channels first", True))
+    return [(pixels, n, *kind) for pixels, n, kind in itertools.product((64, 96, 128), threads, kinds)]
+
+
+def table(content: dict[str, Any]) -> str:
+    """The numbers as Markdown, a row for each size and number of threads."""
+    names = list(dict.fromkeys(row["kind"] for row in content["rows"]))
+    lines = ["| pixels, threads | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for key in dict.fromkeys((row["pixels"], row["threads"]) for row in content["rows"]):
+        found = {row["kind"]: row["ms"] for row in content["rows"] if (row["pixels"], row["threads"]) == key}
+        shown = ["-" if (ms := found.get(name)) is None else f"{ms:.2f}" for name in names]
+        lines.append(f"| {key[0]}, {key[1]} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if th.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--show", action="store_true", help="print the table of the results there are")
+    args = parser.parse_args()
+    if not args.show:
+        rows = []
+        for pixels, threads, precision, layout, compiled in cells(args.device, args.threads):
+            kind = ", ".join([precision, layout, *(["compiled"] if compiled else [])])
+            try:
+                ms = measure(pixels, threads, precision, layout, compiled, args.device)
+            except RuntimeError as error:  # no compiler, or one without headers
+                if not compiled:
+                    raise
+                print(f"{kind}: {str(error).splitlines()[0]}", file=sys.stderr)
+                ms = None
+            rows.append({"pixels": pixels, "threads": threads, "kind": kind, "ms": ms})
+            print(rows[-1], flush=True)
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "device": args.device,
+            "machine": machine(),
+            "rows": rows,
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
