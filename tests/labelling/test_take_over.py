@@ -339,41 +339,46 @@ def test_a_teacher_that_gives_no_action_cannot_act() -> None:
 
 
 class Sleeping(CountingEnv):
-    """Takes 4 ms for a step, asleep, so that the load of the machine does not count."""
+    """Takes 8 ms for a step, asleep, so that the load of the machine counts little."""
 
     def step(self, action: np.ndarray) -> Any:
-        time.sleep(0.004)
+        time.sleep(0.008)
         return super().step(action)
 
 
+def doze(query: Query) -> np.ndarray:
+    """4 ms a label."""
+    time.sleep(0.004 * len(query.env_ids))
+    return np.zeros((len(query.env_ids), 2), np.float32)
+
+
+def seconds(venv: VecTeacher, share: float, fraction: float, n_steps: int = 15) -> float:
+    """Of a rollout with all of its labels."""
+    venv.set_label_fraction(fraction)
+    venv.set_teacher_share(share)
+    venv.reset()
+    start = time.monotonic()
+    for _ in range(n_steps):
+        infos = venv.step(np.zeros((8, 2), np.float32))[3]
+    for info in infos if fraction else ():
+        np.asarray(info["teacher_action"])
+    return time.monotonic() - start
+
+
+def compared_with_the_slower(venv: VecTeacher, share: float) -> float:
+    """Time of a rollout over the greater of what the environments and the teacher need for it alone."""
+    start = time.monotonic()
+    for _ in range(15):
+        doze(Query({}, np.arange(8), np.zeros(8, bool)))
+    teacher = time.monotonic() - start
+    return seconds(venv, share, 1.0) / max(seconds(venv, 0.0, 0.0), teacher)
+
+
 def test_a_rollout_takes_as_long_as_the_slower_of_both_also_while_the_teacher_acts() -> None:
-    """Environments of 16 ms a step, a teacher of 16 ms for the same observations; one after the other: 1.5 to 2 times that."""
-
-    def doze(query: Query) -> np.ndarray:
-        time.sleep(0.002 * len(query.env_ids))
-        return np.zeros((len(query.env_ids), 2), np.float32)
-
-    def seconds(venv: VecTeacher, share: float, fraction: float = 1.0, n_steps: int = 30) -> float:
-        venv.set_label_fraction(fraction)
-        venv.set_teacher_share(share)
-        venv.reset()
-        start = time.monotonic()
-        for _ in range(n_steps):
-            infos = venv.step(np.zeros((8, 2), np.float32))[3]
-        for info in infos if fraction else ():
-            np.asarray(info["teacher_action"])
-        return time.monotonic() - start
-
-    def teacher_alone(venv: VecTeacher, n_steps: int = 30) -> float:
-        start = time.monotonic()
-        for _ in range(n_steps):
-            venv.label()
-        return time.monotonic() - start
-
-    with closing(WorkerPoolVecEnv([lambda: Sleeping(length=6)] * 8, 2)) as envs:
-        venv = VecTeacher(envs, EchoTeacher(doze), take_over_steps=5)
-        limit = 1.15 * max(seconds(venv, 0.0, 0.0), teacher_alone(venv))
+    """Environments of 32 ms a step, a teacher of 32 ms for the same observations. Of four tries, as the machine may be busy."""
+    with closing(WorkerPoolVecEnv([lambda: Sleeping(length=20)] * 8, 2)) as envs:
+        venv = VecTeacher(envs, EchoTeacher(doze), take_over_steps=10)
         for share in (1.0, 0.5):
-            assert min(seconds(venv, share) for _ in range(2)) <= limit
+            assert any(compared_with_the_slower(venv, share) <= 1.15 for _ in range(4))
         venv._pool = None  # all at once
-        assert seconds(venv, 1.0) > 1.3 * limit
+        assert compared_with_the_slower(venv, 1.0) > 1.25
