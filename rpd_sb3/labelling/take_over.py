@@ -87,8 +87,14 @@ class TakeOvers:
 
 
 def steps_of_the_limit(venv: VecEnv) -> int | None:
-    """Steps within which the teacher takes over: 90 % of the least time limit of the environments; None: they have none."""
-    specs = venv.get_attr("spec") if venv.has_attr("spec") else []
-    limits = [None if spec is None else spec.max_episode_steps for spec in specs]
+    """Steps within which the teacher takes over: 90 % of the least time limit of the environments; None: they have none.
+
+    The limit is that of the wrapper that ends the episode, Gymnasium's or ManiSkill's, else that of the spec.
+    """
+    limits: list[int | None]
+    if venv.has_attr("_max_episode_steps"):
+        limits = venv.get_attr("_max_episode_steps")
+    else:
+        limits = [None if spec is None else spec.max_episode_steps for spec in venv.get_attr("spec")]
     known = [limit for limit in limits if limit is not None]
-    return max(1, round(OF_THE_LIMIT * min(known))) if known and len(known) == len(limits) else None
+    return max(1, round(OF_THE_LIMIT * min(known))) if len(known) == len(limits) else None
