@@ -188,8 +188,8 @@ class VecTeacher(VecEnvWrapper):
             self._take_overs.steps = steps_of_the_limit(self.venv)
         if self._take_overs.steps is None:
             raise ValueError(
-                "teacher_share: the environments have no time limit in their spec, so that take_over_steps=None says "
-                "nothing; give VecTeacher the number of steps within which the teacher is to take over"
+                "teacher_share: the environments have no time limit that take_over_steps=None could go by; give VecTeacher "
+                "the number of steps within which the teacher is to take over, e.g. take_over_steps=45"
             )
 
     def reset(self) -> VecEnvObs:

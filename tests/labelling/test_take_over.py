@@ -16,10 +16,10 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from rpd_sb3.contract.bins import to_clipped_actions
-from rpd_sb3.envs import ActionTokens
+from rpd_sb3.envs import ActionTokens, make_vec_env
 from rpd_sb3.envs.worker_pool import WorkerPoolVecEnv
 from rpd_sb3.labelling import VecTeacher
-from rpd_sb3.labelling.take_over import TakeOvers
+from rpd_sb3.labelling.take_over import TakeOvers, steps_of_the_limit
 from rpd_sb3.teachers import Labels, Query, TeacherError
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 from tests.support.helpers import CountingEnv, EchoTeacher
@@ -299,6 +299,8 @@ class Limited(CountingEnv):
 
 
 def test_by_default_the_teacher_takes_over_within_nine_tenths_of_the_time_limit() -> None:
+    with closing(make_vec_env("PickCube-v1", 1, vec_env="dummy")) as envs:
+        assert steps_of_the_limit(envs) == 45, "ManiSkill's wrapper knows it, its spec does not"
     venv = VecTeacher(DummyVecEnv([lambda: Limited(60), lambda: Limited(50)]), EchoTeacher(answer), teacher_share=0.5)
     assert venv._take_overs.steps == 45
     with closing(WorkerPoolVecEnv([lambda: gym.make("Pendulum-v1")], 1)) as envs:
@@ -309,7 +311,7 @@ def test_by_default_the_teacher_takes_over_within_nine_tenths_of_the_time_limit(
 @pytest.mark.parametrize("limits", [[None], [50, None]])
 def test_without_a_time_limit_the_steps_are_asked_for(limits: list[int | None]) -> None:
     envs = DummyVecEnv([lambda limit=limit: Limited(limit) for limit in limits])
-    with pytest.raises(ValueError, match="no time limit in their spec.* take_over_steps=None"):
+    with pytest.raises(ValueError, match="no time limit that take_over_steps=None could go by"):
         VecTeacher(envs, EchoTeacher(), teacher_share=0.5)
     VecTeacher(envs, EchoTeacher()).set_teacher_share(0.0)
     VecTeacher(envs, EchoTeacher(), take_over_steps=5).set_teacher_share(0.5)
@@ -338,44 +340,49 @@ def test_a_teacher_that_gives_no_action_cannot_act() -> None:
 
 
 class Sleeping(CountingEnv):
-    """Takes 8 ms for a step, asleep, so that the load of the machine hardly counts."""
+    """Takes 8 ms for a step, asleep, so that the load of the machine counts little."""
 
     def step(self, action: np.ndarray) -> Any:
         time.sleep(0.008)
         return super().step(action)
 
 
+def doze(query: Query) -> np.ndarray:
+    """4 ms a label."""
+    time.sleep(0.004 * len(query.env_ids))
+    return np.zeros((len(query.env_ids), 2), np.float32)
+
+
+def seconds(venv: VecTeacher, share: float, fraction: float, n_steps: int = 15) -> float:
+    """Of a rollout with all of its labels."""
+    venv.set_label_fraction(fraction)
+    venv.set_teacher_share(share)
+    venv.reset()
+    start = time.monotonic()
+    for _ in range(n_steps):
+        infos = venv.step(np.zeros((8, 2), np.float32))[3]
+    for info in infos if fraction else ():
+        np.asarray(info["teacher_action"])
+    return time.monotonic() - start
+
+
+def compared_with_the_slower(venv: VecTeacher, share: float) -> float:
+    """Time of a rollout over the greater of what the environments and the teacher need for it alone."""
+    start = time.monotonic()
+    for _ in range(15):
+        doze(Query({}, np.arange(8), np.zeros(8, bool)))
+    teacher = time.monotonic() - start
+    return seconds(venv, share, 1.0) / max(seconds(venv, 0.0, 0.0), teacher)
+
+
 def test_a_rollout_takes_as_long_as_the_slower_of_both_also_while_the_teacher_acts() -> None:
-    """Environments of 32 ms a step, a teacher of 32 ms for the same observations; one after the other: 1.5 to 2 times that."""
-
-    def doze(query: Query) -> np.ndarray:
-        time.sleep(0.004 * len(query.env_ids))
-        return np.zeros((len(query.env_ids), 2), np.float32)
-
-    def seconds(venv: VecTeacher, share: float, fraction: float = 1.0, n_steps: int = 20) -> float:
-        venv.set_label_fraction(fraction)
-        venv.set_teacher_share(share)
-        venv.reset()
-        start = time.monotonic()
-        for _ in range(n_steps):
-            infos = venv.step(np.zeros((8, 2), np.float32))[3]
-        for info in infos if fraction else ():
-            np.asarray(info["teacher_action"])
-        return time.monotonic() - start
-
-    def teacher_alone(venv: VecTeacher, n_steps: int = 20) -> float:
-        start = time.monotonic()
-        for _ in range(n_steps):
-            venv.label()
-        return time.monotonic() - start
-
-    with closing(WorkerPoolVecEnv([lambda: Sleeping(length=6)] * 8, 2)) as envs:
-        venv = VecTeacher(envs, EchoTeacher(doze), take_over_steps=5)
-        limit = 1.15 * max(seconds(venv, 0.0, 0.0), teacher_alone(venv))
+    """Environments of 32 ms a step, a teacher of 32 ms for the same observations. Of four tries, as the machine may be busy."""
+    with closing(WorkerPoolVecEnv([lambda: Sleeping(length=20)] * 8, 2)) as envs:
+        venv = VecTeacher(envs, EchoTeacher(doze), take_over_steps=10)
         for share in (1.0, 0.5):
-            assert any(seconds(venv, share) <= limit for _ in range(4)), "a busy machine may spoil some of them"
+            assert any(compared_with_the_slower(venv, share) <= 1.15 for _ in range(4))
         venv._pool = None  # all at once
-        assert seconds(venv, 1.0) > 1.3 * limit
+        assert compared_with_the_slower(venv, 1.0) > 1.25
 
 
 def test_an_episode_that_ends_before_its_take_over_is_not_one_of_the_student_alone() -> None:
