@@ -62,7 +62,7 @@ print(json.dumps(manifest["observation"], indent=2), json.dumps(manifest["action
 from rpd_sb3.export.runtime import load  # noqa: E402
 
 policy = load(expert)
-image = np.zeros((64, 64, 3), np.uint8)  # the square of the camera's image that policy.json names: height, width, channels
+image = np.zeros((64, 64, 3), np.uint8)  # height, width, channels: the square of the camera's image in policy.json
 print("an action for a black image:", policy(image))
 
 # %% The same folder in the simulator.
