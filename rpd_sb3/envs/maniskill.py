@@ -24,7 +24,7 @@ from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
 from rpd_sb3.contract.teacher import TEACHER_PREFIX
-from rpd_sb3.envs.controllers import use_fast_hand_pose
+from rpd_sb3.envs.agents import use_fast_agent
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.visuals import VISUALS, use_light_visuals
 
@@ -198,7 +198,7 @@ class ManiSkillAdapter(gym.Wrapper):
 
     def _prepare_scene(self) -> None:
         """What is to be done whenever ManiSkill has built the scene."""
-        use_fast_hand_pose(self._scene.agent)
+        use_fast_agent(self._scene.agent)
         view = self.view
         if view.renders and view.camera == "human":
             self._unhide()

@@ -80,7 +80,7 @@ class WorkerPoolVecEnv(VecEnv):
         for rows in self._rows:
             remote, worker_remote = context.Pipe()
             fns = CloudpickleWrapper([env_fns[i] for i in rows])
-            process = context.Process(target=_work, args=(worker_remote, fns, n_workers), daemon=True)
+            process = context.Process(target=_work, args=(worker_remote, fns), daemon=True)
             process.start()
             worker_remote.close()
             self._remotes.append(remote)
@@ -264,11 +264,9 @@ class WorkerPoolVecEnv(VecEnv):
         return RuntimeError(f"environment worker {worker} of {len(self._rows)} died with exit code {code}")
 
 
-def _work(remote: Connection, env_fns: CloudpickleWrapper, n_workers: int) -> None:
+def _work(remote: Connection, env_fns: CloudpickleWrapper) -> None:
     """The program of a worker: make its share of the environments, obey commands, answer ``(number, failed, result)``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    if n_workers >= (os.cpu_count() or 1):
-        os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: more threads than cores only contend
     try:
         venv = SharedDummyVecEnv(env_fns.var)
         remote.send((0, False, (venv.observation_space, venv.action_space)))

@@ -1,4 +1,4 @@
-"""The hand's pose, computed in less time: the same bits as ManiSkill's."""
+"""The robot's numbers, computed in less time: the same bits as ManiSkill's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import sapien
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPosController
+from mani_skill.agents.robots.panda.panda import Panda
 from mani_skill.utils.structs import Pose
 
 from rpd_sb3.envs import make_env
-from rpd_sb3.envs.controllers import pose_at_base
+from rpd_sb3.envs.agents import pose_at_base
+from rpd_sb3.teachers import Query, make_teacher
 
 
 def random_pose(rng: np.random.Generator) -> sapien.Pose:
@@ -45,3 +47,28 @@ def test_other_controllers_stay_as_they_are() -> None:
     kinds = [type(c).__module__ for c in env.unwrapped.agent.controller.controllers.values()]  # type: ignore[attr-defined]
     assert all(module.startswith("mani_skill.") for module in kinds)
     env.close()
+
+
+def test_a_grasp_is_what_maniskill_calls_one() -> None:
+    teacher = make_teacher("scripted", "PickCube-v1")
+    env = make_env("PickCube-v1", teacher=teacher.spec, on_success="continue")
+    scene: Any = env.unwrapped
+    asked = []
+    compute = type(scene.agent).is_grasping
+
+    obs, _ = env.reset(seed=0)
+    for step in range(25):
+        query = Query({"privileged": obs["teacher/privileged"][None]}, np.array([0]), np.array([step == 0]))
+        obs = env.step(teacher.submit(query).result()["action"][0])[0]
+        for limits in ((), (0.5, 20), (50.0,)):
+            ours, theirs = (
+                compute(scene.agent, scene.cube, *limits),
+                Panda.is_grasping(scene.agent, scene.cube, *limits),
+            )
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+            assert bool(ours) == bool(theirs)
+            asked.append((limits, bool(ours)))
+    assert {((), True), ((), False), ((50.0,), False)} <= set(asked)
+    assert compute is not Panda.is_grasping
+    env.close()
+    teacher.close()
