@@ -29,7 +29,7 @@ def use_fast_agent(agent: Any) -> None:
     if not isinstance(agent, BaseAgent):
         return
     if getattr(type(agent), "is_grasping", None) is Panda.is_grasping:
-        agent.__class__ = _with_fast_grasp_test(type(agent))
+        agent.__class__ = _with_fast_grasp_test(type(agent))  # type: ignore[arg-type]
     for controller in getattr(agent.controller, "controllers", {"": agent.controller}).values():
         kind = type(controller)
         if getattr(kind, "ee_pose_at_base", None) is PDEEPosController.ee_pose_at_base:
