@@ -53,7 +53,9 @@ def on_full_frames(run_folder: Path) -> Record:
     if not out.is_file():
         command = ["-m", "rpd_sb3.evaluate", "--run", str(run_folder), "--env-kwargs", "visuals:full", "-n", "100"]
         subprocess.run([sys.executable, *command, "--json", str(out)], stdout=subprocess.DEVNULL, check=True)
-    return {"full_frames": json.loads(out.read_text())}
+    result = json.loads(out.read_text())
+    del result["name"]  # a path of this machine
+    return {"full_frames": result}
 
 
 def table(records: list[Record]) -> str:
