@@ -27,6 +27,7 @@ import torch as th
 
 from rpd_sb3.envs import make_env
 from rpd_sb3.envs.visuals import VISUALS, count_triangles
+from rpd_sb3.export.runtime import cpu_name
 from rpd_sb3.teachers import make_teacher
 
 BLOCK = 10
@@ -114,11 +115,8 @@ def measure(env_id: str, size: int, rounds: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where this runs, and how many processes wanted to run meanwhile."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     return {
-        "cpu": names[0] if names else "unknown",
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[1], 1),
     }

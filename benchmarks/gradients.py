@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 
+from rpd_sb3.export.runtime import cpu_name
 from rpd_sb3.students import CompactCNN
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
@@ -36,7 +36,7 @@ WARM_UP = 2
 
 
 def make_policy(pixels: int, device: str) -> Any:
-    """The student of the pixel recipes: CompactCNN and two heads of 256, 256."""
+    """A student of CompactCNN and two heads of 256, 256."""
     image = spaces.Box(0, 255, (3, pixels, pixels), np.uint8)
     action = spaces.Box(-1, 1, (7,), np.float32)
     kwargs: dict[str, Any] = {"features_extractor_class": CompactCNN, "net_arch": [256, 256]}
@@ -86,12 +86,8 @@ def measure(pixels: int, threads: int, precision: str, layout: str, compiled: bo
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cpu_capability": th.backends.cpu.get_cpu_capability(),
         "gpu": th.cuda.get_device_name() if th.cuda.is_available() else None,
         "torch": th.__version__,

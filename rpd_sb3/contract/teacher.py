@@ -5,7 +5,7 @@ Shape letters: N queries in a batch, A action dimensions, S state values, H and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -73,6 +73,14 @@ class Query(NamedTuple):
     number: int | None = None
     """Counts the queries of one client, so that a teacher with a memory recognises a query that is repeated because it had no
     answer; None: no query is ever repeated. Such a teacher gets a query when the one before has been answered."""
+
+
+def sees_images(inputs: Iterable[str]) -> bool:
+    """True if any of a teacher's inputs is a camera's image.
+
+    :param inputs: names, as in :attr:`TeacherSpec.inputs`
+    """
+    return any(name.startswith("images.") for name in inputs)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from rpd_sb3.contract.bins import N_BINS, Bounds
 from rpd_sb3.contract.conventions import convert_token_bounds
 from rpd_sb3.contract.names import check_choice, closest
-from rpd_sb3.contract.teacher import TeacherSpec
+from rpd_sb3.contract.teacher import TeacherSpec, sees_images
 from rpd_sb3.envs.action_tokens import ActionTokens
 from rpd_sb3.envs.groups import EpisodeSeeds
 from rpd_sb3.envs.tasks import TASKS
@@ -158,7 +158,7 @@ def default_visuals(teacher: TeacherSpec | None) -> str:
     """
     import torch
 
-    looks = teacher is not None and any(name.startswith("images.") for name in teacher.inputs)
+    looks = teacher is not None and sees_images(teacher.inputs)
     return "full" if looks or torch.cuda.is_available() else "light"
 
 

@@ -23,7 +23,7 @@ from mani_skill.utils.wrappers import CPUGymWrapper
 from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.privileged import SIZE as PRIVILEGED_SIZE
 from rpd_sb3.contract.privileged import field_slices
-from rpd_sb3.contract.teacher import TEACHER_PREFIX
+from rpd_sb3.contract.teacher import TEACHER_PREFIX, sees_images
 from rpd_sb3.envs.agents import use_fast_agent
 from rpd_sb3.envs.tasks import TASKS
 from rpd_sb3.envs.visuals import VISUALS, use_light_visuals
@@ -65,7 +65,7 @@ class View(NamedTuple):
     @property
     def shows_teacher(self) -> bool:
         """True if the teacher looks at the camera's image, so that all of it is rendered."""
-        return any(name.startswith("images.") for name in self.teacher_inputs)
+        return sees_images(self.teacher_inputs)
 
     @property
     def observed_inputs(self) -> tuple[str, ...]:
@@ -227,13 +227,12 @@ class ManiSkillAdapter(gym.Wrapper):
             actor.show_visual()
         hidden.clear()
 
-    def _spaces(self, raw: spaces.Space) -> spaces.Space:
+    def _spaces(self, state: spaces.Space) -> spaces.Space:
         """Of the observations.
 
-        :param raw: of ManiSkill's: the state, or nothing if nobody reads it
+        :param state: ManiSkill's space: that of the state, or nothing if nobody reads it
         """
         view = self.view
-        state = raw
         image = spaces.Box(0, 255, (view.image_size, view.image_size, 3), np.uint8)
         student: dict[str, spaces.Space] = {"state": state} if view.obs == "state" else {"rgb": image}
         if view.obs == "rgb+state":
@@ -252,9 +251,8 @@ class ManiSkillAdapter(gym.Wrapper):
             return next(iter(student.values()))
         return spaces.Dict(student | teacher)
 
-    def _observation(self, raw: Any) -> Any:
+    def _observation(self, state: Any) -> Any:
         view = self.view
-        state = raw
         frame = self.render_frame() if view.renders else None
         obs = {"state": state} if view.obs == "state" else {"rgb": self._student_image(frame)}
         if view.obs == "rgb+state":

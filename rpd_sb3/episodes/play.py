@@ -15,7 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from rpd_sb3.contract.statistics import wilson_interval
-from rpd_sb3.contract.teacher import Teacher
+from rpd_sb3.contract.teacher import Teacher, sees_images
 from rpd_sb3.envs import make_vec_env
 from rpd_sb3.envs.factory import evaluation_options
 from rpd_sb3.episodes.rng import preserved_rng
@@ -248,7 +248,7 @@ class Evaluator:
         :raises TeacherError: if it does not answer
         """
         assert self._teacher is not None
-        looks = any(name.startswith("images.") for name in self._teacher.spec.inputs)
+        looks = sees_images(self._teacher.spec.inputs)
         if looks or self._options.get("obs", "state") == "state":
             return self.evaluate(teacher_actor(self.venv))
         with closing(self._with_options(self._options | {"obs": "state"})) as blind:

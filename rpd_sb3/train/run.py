@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from rpd_sb3.cli.files import write_json
 from rpd_sb3.cli.interrupt import Interrupt
 from rpd_sb3.contract.statistics import wilson_interval
-from rpd_sb3.contract.teacher import Teacher, TeacherError
+from rpd_sb3.contract.teacher import Teacher, TeacherError, sees_images
 from rpd_sb3.episodes.agreement import measure_agreement
 from rpd_sb3.episodes.film import Film, RenderedEnv
 from rpd_sb3.episodes.play import EVAL_SEED, EvalResult, describe, preserved_rng, student_actor, teacher_actor
@@ -187,7 +187,7 @@ class TrainingRun:
         self.teacher_result = setup.evaluator.teacher()
         print(f"teacher {setup.teacher.spec.name}: {describe(self.teacher_result)}", flush=True)
         obs = setup.config.env_kwargs.get("obs", "state")
-        if obs == "state" and any(name.startswith("images.") for name in setup.teacher.spec.inputs):
+        if obs == "state" and sees_images(setup.teacher.spec.inputs):
             setup.evaluator.hide_teacher()  # the student's evaluations need not render
 
     def _report(self, timesteps: int, result: EvalResult) -> None:
