@@ -1,4 +1,4 @@
-"""What one image gradient costs: forward and backward of CompactCNN with its heads, and how precision, layout and compiler change it.
+"""What one image gradient costs: forward and backward of a student, and how precision, layout and compiler change it.
 
     python benchmarks/gradients.py
 
@@ -25,33 +25,34 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 
 from rpd_sb3.export.runtime import cpu_name
-from rpd_sb3.students import CompactCNN
+from rpd_sb3.students import CompactCNN, KeypointCNN
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
-BATCH = 256
-BUDGET = 6.0
+NETWORKS = {"KeypointCNN": KeypointCNN, "CompactCNN": CompactCNN}
+BATCH = 64
+BUDGET = 3.0
 """Seconds for each cell after its warm-up; at least three steps are measured, or the first one if that takes longer."""
 WARM_UP = 2
 """Steps that are not measured."""
 
 
-def make_policy(pixels: int, device: str) -> Any:
-    """A student of CompactCNN and two heads of 256, 256."""
+def make_policy(network: str, pixels: int, device: str) -> Any:
+    """A student of an image network and two heads of 256, 256."""
     image = spaces.Box(0, 255, (3, pixels, pixels), np.uint8)
     action = spaces.Box(-1, 1, (7,), np.float32)
-    kwargs: dict[str, Any] = {"features_extractor_class": CompactCNN, "net_arch": [256, 256]}
+    kwargs: dict[str, Any] = {"features_extractor_class": NETWORKS[network], "net_arch": [256, 256]}
     kwargs |= {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.AdamW}
     return ActorCriticCnnPolicy(image, action, ConstantSchedule(3e-4), **kwargs).to(device)
 
 
-def measure(pixels: int, threads: int, precision: str, layout: str, compiled: bool, device: str) -> float:
+def measure(network: str, pixels: int, threads: int, precision: str, layout: str, compiled: bool, device: str) -> float:
     """Median milliseconds for each image of one optimizer step on a replayed batch.
 
     :param layout: in which the uint8 batch arrives; the network itself always computes channels last
     """
     th.set_num_threads(threads)
     th.manual_seed(0)
-    policy = make_policy(pixels, device)
+    policy = make_policy(network, pixels, device)
     batch = th.randint(0, 256, (BATCH, 3, pixels, pixels), dtype=th.uint8, device=device)
     if layout == "channels last":
         batch = batch.contiguous(memory_format=th.channels_last)
@@ -94,23 +95,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cells(device: str, threads: list[int]) -> list[tuple[int, int, str, str, bool]]:
-    """Pixels, threads, precision, layout and whether it is compiled: one change at a time."""
+def cells(device: str, threads: list[int]) -> list[tuple[str, int, int, str, str, bool]]:
+    """Network, pixels, threads, precision, layout and whether it is compiled: one change at a time."""
     kinds = [("fp32", "channels first", False), ("fp32", "channels last", False)]
     kinds += [("bf16", "channels first", False), ("fp32", "channels first", True)]
     if device == "cuda":
         kinds.append(("bf16", "channels first", True))
-    return [(pixels, n, *kind) for pixels, n, kind in itertools.product((64, 96, 128), threads, kinds)]
+    return [(*place, *kind) for *place, kind in itertools.product(NETWORKS, (64, 96, 128), threads, kinds)]
 
 
 def table(content: dict[str, Any]) -> str:
-    """The numbers as Markdown, a row for each size and number of threads."""
+    """The numbers as Markdown, a row for each network, size and number of threads."""
     names = list(dict.fromkeys(row["kind"] for row in content["rows"]))
-    lines = ["| pixels, threads | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for key in dict.fromkeys((row["pixels"], row["threads"]) for row in content["rows"]):
-        found = {row["kind"]: row["ms"] for row in content["rows"] if (row["pixels"], row["threads"]) == key}
+    lines = ["| network, pixels, threads | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for key in dict.fromkeys(tuple(row["place"]) for row in content["rows"]):
+        found = {row["kind"]: row["ms"] for row in content["rows"] if tuple(row["place"]) == key}
         shown = ["-" if (ms := found.get(name)) is None else f"{ms:.2f}" for name in names]
-        lines.append(f"| {key[0]}, {key[1]} | " + " | ".join(shown) + " |")
+        lines.append(f"| {', '.join(map(str, key))} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -122,16 +123,16 @@ def main() -> None:
     args = parser.parse_args()
     if not args.show:
         rows = []
-        for pixels, threads, precision, layout, compiled in cells(args.device, args.threads):
+        for network, pixels, threads, precision, layout, compiled in cells(args.device, args.threads):
             kind = ", ".join([precision, layout, *(["compiled"] if compiled else [])])
             try:
-                ms = measure(pixels, threads, precision, layout, compiled, args.device)
+                ms = measure(network, pixels, threads, precision, layout, compiled, args.device)
             except RuntimeError as error:  # no compiler, or one without headers
                 if not compiled:
                     raise
                 print(f"{kind}: {str(error).splitlines()[0]}", file=sys.stderr)
                 ms = None
-            rows.append({"pixels": pixels, "threads": threads, "kind": kind, "ms": ms})
+            rows.append({"place": [network, pixels, threads], "kind": kind, "ms": ms})
             print(rows[-1], flush=True)
         content = {
             "command": " ".join(["python", *sys.argv]),

@@ -3,8 +3,9 @@
     python benchmarks/pixels.py                                   # every cell of the README's table, one after the other
     python benchmarks/pixels.py --rows PickCube-v1 --seeds 0 1 2  # some rows
     python benchmarks/pixels.py --tables-only                     # print the table from what is there
+    taskset -c 0 python benchmarks/pixels.py --seeds 1            # on one core; another seed may train on another one
 
-Each cell is one ``python -m rpd_sb3.train`` on all cores; cells that have a complete result.json are not trained again. Then the
+Each cell is one ``python -m rpd_sb3.train`` on all cores that it may use; cells that have a complete result.json are not trained again. Then the
 best student is evaluated on the same episodes with ManiSkill's own visuals, and PPO is trained for as many steps without the
 teacher.
 """
@@ -13,24 +14,41 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness import Cell, Record, load, mean_and_range, run
 
+from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "pixels.json"
+URL = "http://127.0.0.1:8765"
+"""Of the service, for the rows that ask one."""
 ROWS = {
     **{task: ["--env", task, "--obs", "rgb"] for task in TASKS},
     **{f"{task}, joints beside": ["--env", task, "--obs", "rgb+state"] for task in TASKS},
     "PickCube-v1, noisy teacher": ["--env", "PickCube-v1", "--section", "noisy-teacher-rgb"],
     "PickCube-v1, biased teacher": ["--env", "PickCube-v1", "--section", "biased-teacher-rgb"],
+    "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "tiny-openvla-rgb", "--teacher", URL],
 }
 """Label of a row, and the arguments of its trainings."""
+SERVICE = [
+    "-m",
+    "rpd_sb3.serve",
+    "--teacher",
+    "openvla:examples/tiny_openvla/checkpoint",
+    "--port",
+    URL.rpartition(":")[2],
+]
+SERVICE += ["--teacher-kwargs", "image_size:224", "control_mode:pd_ee_delta_pose"]
+"""The service's own command; with one thread, as the simulator wants the other core."""
 PPO = "ppo "
 COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 
@@ -47,20 +65,38 @@ def baseline(label: str, seed: int, timesteps: int) -> Cell:
     return Cell("pixels", PPO + label, ["--algo", "ppo", *task, *COMMON], seed)
 
 
-def on_full_frames(run_folder: Path) -> Record:
-    """The student of a run on ManiSkill's own visuals, on the episodes of its evaluation."""
-    out = run_folder / "full_frames.json"
+@contextmanager
+def service(label: str) -> Iterator[None]:
+    """The service of a row that asks one."""
+    if URL not in ROWS[label]:
+        yield
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *SERVICE], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it listens
+            yield
+        finally:
+            process.terminate()
+
+
+def beside(run_folder: Path) -> Record:
+    """The student of a run on ManiSkill's own visuals, on the episodes of its evaluation, and on how many cores that was."""
+    out = run_folder / "beside.json"
     if not out.is_file():
         command = ["-m", "rpd_sb3.evaluate", "--run", str(run_folder), "--env-kwargs", "visuals:full", "-n", "100"]
-        subprocess.run([sys.executable, *command, "--json", str(out)], stdout=subprocess.DEVNULL, check=True)
-    result = json.loads(out.read_text())
-    del result["name"]  # a path of this machine
-    return {"full_frames": result}
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            subprocess.run([sys.executable, *command, "--json", file.name], stdout=subprocess.DEVNULL, check=True)
+            result = json.load(file)
+        del result["name"]  # a path of this machine
+        out.write_text(json.dumps({"n_cores": n_cores(), "full_frames": result}))
+    return json.loads(out.read_text())
 
 
 def table(records: list[Record]) -> str:
     """Markdown: mean success over seeds, range in brackets."""
-    head = "| task | teacher | PPO | RPD | on full frames | frames | training time | seeds |"
+    head = "| task | teacher | PPO | RPD | on full frames | frames | training time, cores | seeds |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for label in ROWS:
         mine, ppo = ([r for r in records if r["label"] == name] for name in (label, PPO + label))
@@ -74,11 +110,18 @@ def table(records: list[Record]) -> str:
             _success(mine, lambda record: record["result"]["student"]["success_once"]),
             _success(mine, lambda record: record["full_frames"]["success_once"]),
             f"{results[0]['timesteps']:,}",
-            f"{statistics.mean(r['wall_s'] for r in results) / 60:.0f} min",
+            _minutes(mine),
             str(len(mine)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _minutes(records: list[Record]) -> str:
+    """Of the trainings that had most cores."""
+    most = max(record["n_cores"] for record in records)
+    times = [record["result"]["wall_s"] / 60 for record in records if record["n_cores"] == most]
+    return f"{statistics.mean(times):.0f} min on {most}"
 
 
 def _success(records: list[Record], rate: Callable[[Record], float]) -> str:
@@ -99,7 +142,8 @@ def main() -> None:
         return
     for label in args.rows:
         todo = [cell(label, seed) for seed in args.seeds]
-        records = run(todo, args.root, RESULTS, jobs=1, extra=on_full_frames)
+        with service(label):
+            records = run(todo, args.root, RESULTS, jobs=1, extra=beside)
         timesteps = max(r["result"]["timesteps"] for r in records if r["label"] == label)
         run([baseline(label, seed, timesteps) for seed in args.ppo_seeds], args.root, RESULTS, jobs=1)
     print(table(load(RESULTS)))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
+from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.doctor import FAIL, OK, WARN, Finding, vulkan
 
 TIMEOUT = 5.0
@@ -55,8 +55,7 @@ def check_python() -> Finding:
 
 def check_cores() -> Finding:
     """CPU cores that this process may use, which bounds the useful number of environments."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Finding("CPU cores", OK, str(cores))
+    return Finding("CPU cores", OK, str(n_cores()))
 
 
 def requirement(distribution: str) -> str:

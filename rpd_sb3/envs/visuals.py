@@ -23,9 +23,9 @@ import sapien
 import trimesh
 
 VISUALS = ("full", "light")
-RATIO = 0.04
+RATIO = 0.03
 """Share of its triangles that a mesh keeps."""
-MIN_TRIANGLES = 400
+MIN_TRIANGLES = 300
 """No mesh gets fewer triangles."""
 HEAVY = 1000
 """Meshes of at most so many triangles stay as they are."""

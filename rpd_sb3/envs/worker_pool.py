@@ -30,6 +30,8 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
+from rpd_sb3.contract.cores import n_cores
+
 PRELOAD = ["rpd_sb3.envs.factory", "rpd_sb3.envs.maniskill"]
 """Modules that the fork server imports once for all workers; one that is not installed is left out."""
 CLOSE_TIMEOUT = 10.0
@@ -61,14 +63,14 @@ class WorkerPoolVecEnv(VecEnv):
     steps in the order in which they get them.
 
     :param env_fns: one function for each environment
-    :param n_workers: number of processes; None: one per core, at most N
+    :param n_workers: number of processes; None: one per core that this process may use, at most N
     :raises RuntimeError: if an environment cannot be made
     :raises ValueError: if the environments show different things
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], n_workers: int | None = None) -> None:
         self.closed = False
-        n_workers = min(len(env_fns), n_workers or os.cpu_count() or 1)
+        n_workers = min(len(env_fns), n_workers or n_cores())
         self._rows = np.array_split(np.arange(len(env_fns)), n_workers)
         # The fork server imports the simulator once; its children start in milliseconds and share the memory.
         mp.set_forkserver_preload(PRELOAD)

@@ -74,6 +74,13 @@ class Frames(gym.Env):
         return self.observation_space.sample(), 0.0, self.t == self.number + 2, False, self.info
 
 
+def test_there_is_a_worker_for_each_core_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3})
+    pool = WorkerPoolVecEnv(make_fns(5))
+    assert [len(rows) for rows in pool._rows] == [3, 2]
+    pool.close()
+
+
 def frames(n: int, space: spaces.Space) -> list[Any]:
     return [lambda i=i: Frames(i, space) for i in range(n)]
 
