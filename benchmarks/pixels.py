@@ -36,7 +36,7 @@ ROWS = {
     **{f"{task}, joints beside": ["--env", task, "--obs", "rgb+state"] for task in TASKS},
     "PickCube-v1, noisy teacher": ["--env", "PickCube-v1", "--section", "noisy-teacher-rgb"],
     "PickCube-v1, biased teacher": ["--env", "PickCube-v1", "--section", "biased-teacher-rgb"],
-    "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "tiny-openvla-rgb", "--teacher", URL],
+    "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "half-working-vla-rgb", "--teacher", URL],
 }
 """Label of a row, and the arguments of its trainings."""
 SERVICE = [
@@ -86,9 +86,10 @@ def beside(run_folder: Path) -> Record:
     out = run_folder / "beside.json"
     if not out.is_file():
         command = ["-m", "rpd_sb3.evaluate", "--run", str(run_folder), "--env-kwargs", "visuals:full", "-n", "100"]
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            subprocess.run([sys.executable, *command, "--json", file.name], stdout=subprocess.DEVNULL, check=True)
-            result = json.load(file)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "full_frames.json")
+            subprocess.run([sys.executable, *command, "--json", str(path)], stdout=subprocess.DEVNULL, check=True)
+            result = json.loads(path.read_text())
         del result["name"]  # a path of this machine
         out.write_text(json.dumps({"n_cores": n_cores(), "full_frames": result}))
     return json.loads(out.read_text())
