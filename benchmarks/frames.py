@@ -25,6 +25,7 @@ os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer
 import numpy as np
 import torch as th
 
+from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs import make_env
 from rpd_sb3.envs.visuals import VISUALS, count_triangles
 from rpd_sb3.export.runtime import cpu_name
@@ -117,7 +118,7 @@ def machine() -> dict[str, Any]:
     """Where this runs, and how many processes wanted to run meanwhile."""
     return {
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": n_cores(),
         "load_average": round(os.getloadavg()[1], 1),
     }
 

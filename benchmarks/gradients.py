@@ -36,13 +36,25 @@ WARM_UP = 2
 """Steps that are not measured."""
 
 
-def make_policy(network: str, pixels: int, device: str) -> Any:
-    """A student of an image network and two heads of 256, 256."""
-    image = spaces.Box(0, 255, (3, pixels, pixels), np.uint8)
-    action = spaces.Box(-1, 1, (7,), np.float32)
-    kwargs: dict[str, Any] = {"features_extractor_class": NETWORKS[network], "net_arch": [256, 256]}
-    kwargs |= {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.AdamW}
-    return ActorCriticCnnPolicy(image, action, ConstantSchedule(3e-4), **kwargs).to(device)
+def make_policy(extractor: type, image_shape: tuple[int, ...], learning_rate: float = 2e-3, **kwargs: Any) -> Any:
+    """The student of the sections ``<task>-rgb``: an image network and two heads of 256, 256.
+
+    :param extractor: of features
+    :param image_shape: channels first
+    :param learning_rate: of AdamW
+    :param kwargs: of the extractor
+    """
+    return ActorCriticCnnPolicy(
+        spaces.Box(0, 255, image_shape, np.uint8),
+        spaces.Box(-1, 1, (7,), np.float32),
+        ConstantSchedule(learning_rate),
+        net_arch=[256, 256],
+        activation_fn=th.nn.ReLU,
+        features_extractor_class=extractor,
+        features_extractor_kwargs=kwargs,
+        optimizer_class=th.optim.AdamW,
+        optimizer_kwargs={"weight_decay": 1e-4},
+    )
 
 
 def measure(network: str, pixels: int, threads: int, precision: str, layout: str, compiled: bool, device: str) -> float:
@@ -52,7 +64,7 @@ def measure(network: str, pixels: int, threads: int, precision: str, layout: str
     """
     th.set_num_threads(threads)
     th.manual_seed(0)
-    policy = make_policy(network, pixels, device)
+    policy = make_policy(NETWORKS[network], (3, pixels, pixels)).to(device)
     batch = th.randint(0, 256, (BATCH, 3, pixels, pixels), dtype=th.uint8, device=device)
     if layout == "channels last":
         batch = batch.contiguous(memory_format=th.channels_last)

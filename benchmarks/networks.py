@@ -20,10 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticCnnPolicy
+from gradients import make_policy
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.utils import ConstantSchedule
 
 from rpd_sb3.demos.files import load
 from rpd_sb3.export.runtime import cpu_name
@@ -54,17 +52,7 @@ def fit(network: str, images: th.Tensor, labels: th.Tensor, held_out: th.Tensor,
     """
     th.manual_seed(0)
     extractor, kwargs = NETWORKS[network]
-    policy = ActorCriticCnnPolicy(
-        spaces.Box(0, 255, images.shape[1:], np.uint8),
-        spaces.Box(-1, 1, labels.shape[1:], np.float32),
-        ConstantSchedule(LEARNING_RATE),
-        net_arch=[256, 256],
-        activation_fn=th.nn.ReLU,
-        features_extractor_class=extractor,
-        features_extractor_kwargs=kwargs,
-        optimizer_class=th.optim.AdamW,
-        optimizer_kwargs={"weight_decay": 1e-4},
-    )
+    policy = make_policy(extractor, tuple(images.shape[1:]), LEARNING_RATE, **kwargs)
 
     def error(rows: th.Tensor) -> th.Tensor:
         return (policy.get_distribution(images[rows]).mode() - labels[rows]).square().mean()

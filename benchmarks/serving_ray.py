@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from gymnasium import spaces
 
+from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.contract.teacher import Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 
@@ -113,7 +114,7 @@ def main() -> None:
     print("| replicas | labels/s |\n|---|---|")
     print(f"| 1 | {one:.1f} |\n| 2 | {two:.1f} |\n| ratio | {two / one:.2f} |")
     RESULTS.parent.mkdir(exist_ok=True)
-    record = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "labels_per_second": rates, "ratio": two / one}
+    record = {"cores": n_cores(), "load": os.getloadavg()[0], "labels_per_second": rates, "ratio": two / one}
     RESULTS.write_text(json.dumps(vars(args) | record, indent=1) + "\n")
 
 

@@ -32,7 +32,8 @@ from rpd_sb3.algos.buffers import (
 )
 from rpd_sb3.algos.curriculum import Curriculum, HandOver, curriculum_of_version_0_1
 from rpd_sb3.algos.losses import clipped_surrogate, normalize_advantage
-from rpd_sb3.algos.replay import LabelReplay, Pairs, check_fits, check_replay_device, choose_device, pair_bytes
+from rpd_sb3.algos.replay import DEVICES, LabelReplay, Pairs, check_fits, choose_device, pair_bytes
+from rpd_sb3.contract.names import check_choice
 from rpd_sb3.contract.teacher import INFO_PREFIX, TEACHERS_EPISODE, TeacherError
 from rpd_sb3.labelling.access import check_labels_given, check_teacher_acts, set_label_fraction, set_teacher_share
 
@@ -131,7 +132,7 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs an algorithm "
                 f"with a teacher, label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
             )
-        check_replay_device(type(self).__name__, replay_device)
+        check_choice(type(self).__name__, "replay_device", replay_device, DEVICES)
         self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share)
         if self.curriculum.shares is not None and not self.needs:
             raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")

@@ -15,8 +15,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TensorDict
 
-from rpd_sb3.contract.names import check_choice
-
 T = TypeVar("T")
 Observation = np.ndarray | dict[str, np.ndarray]
 CHUNK = 64
@@ -26,6 +24,8 @@ USABLE = 0.8
 PATIENCE = 60.0
 """Seconds that a batch may take to come from the host's memory."""
 GIB = 2**30
+DEVICES = ("auto", "cuda", "cpu")
+"""What :func:`choose_device` chooses by."""
 
 
 class Pairs(NamedTuple):
@@ -249,7 +249,7 @@ def _bytes(space: spaces.Space) -> int:
 def choose_device(wanted: str, model_device: th.device, n_bytes: int) -> th.device:
     """Where a replay lies: ``auto`` is the model's device if it fits there, else the host.
 
-    :param wanted: ``auto``, ``cuda`` or ``cpu``
+    :param wanted: one of :data:`DEVICES`
     :param model_device: of the student
     :param n_bytes: of the full replay
     """
@@ -278,14 +278,6 @@ def check_fits(who: str, capacity: int, bytes_per_pair: int, device: th.device, 
             f"{who}: label_replay={capacity} needs {capacity * bytes_per_pair / GIB:.2f} GiB on {device}, of whose "
             f"{free / GIB:.2f} GiB of free memory it may take {USABLE:.0%}; use label_replay={int(USABLE * free / bytes_per_pair)}"
         )
-
-
-def check_replay_device(who: str, name: str) -> None:
-    """Check the name of a device for a replay.
-
-    :raises ValueError: if it is none
-    """
-    check_choice(who, "replay_device", name, ("auto", "cuda", "cpu"))
 
 
 def free_bytes(device: th.device) -> int | None:
