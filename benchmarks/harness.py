@@ -80,7 +80,6 @@ def run(
     :param jobs: runs at a time
     :param extra: more entries of a record, read from the run folder
     """
-    records = load(results)
     with ThreadPoolExecutor(jobs) as pool:
         for cell, record in pool.map(lambda cell: (cell, train(cell, root)), todo):
             if extra is not None:
@@ -88,11 +87,12 @@ def run(
                 assert run_folder is not None
                 record |= extra(run_folder)
             same = ("row", "label", "seed")
-            records = [r for r in records if any(r[key] != record[key] for key in same)] + [record]
+            # Read again: another benchmark may have written rows of its own.
+            records = [r for r in load(results) if any(r[key] != record[key] for key in same)] + [record]
             results.parent.mkdir(exist_ok=True)
             lines = ",\n".join(json.dumps(record) for record in records)  # one line for each run
             results.write_text(f"[\n{lines}\n]\n")
-    return records
+    return load(results)
 
 
 def load(results: Path) -> list[Record]:

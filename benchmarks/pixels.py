@@ -49,7 +49,6 @@ SERVICE = [
 ]
 SERVICE += ["--teacher-kwargs", "image_size:224", "control_mode:pd_ee_delta_pose"]
 """The service's own command; with one thread, as the simulator wants the other core."""
-PPO = "ppo "
 COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 
 
@@ -58,11 +57,17 @@ def cell(label: str, seed: int) -> Cell:
     return Cell("pixels", label, ["--algo", "rpd_ppo", *ROWS[label], *COMMON], seed)
 
 
+def ppo_label(label: str, timesteps: int) -> str:
+    """Of the baseline, which rows of the same task, observation and length have in common."""
+    obs = "rgb+state" if "rgb+state" in ROWS[label] else "rgb"
+    return f"ppo {label.split(',')[0]} {obs} {timesteps}"
+
+
 def baseline(label: str, seed: int, timesteps: int) -> Cell:
     """PPO alone in the same environment for as many steps."""
-    obs = "rgb+state" if "rgb+state" in ROWS[label] else "rgb"
-    task = ["--env", label.split(",")[0], "--obs", obs, "-n", str(timesteps)]
-    return Cell("pixels", PPO + label, ["--algo", "ppo", *task, *COMMON], seed)
+    name = ppo_label(label, timesteps)
+    _, task, obs, steps = name.split()
+    return Cell("pixels", name, ["--algo", "ppo", "--env", task, "--obs", obs, "-n", steps, *COMMON], seed)
 
 
 @contextmanager
@@ -100,10 +105,11 @@ def table(records: list[Record]) -> str:
     head = "| task | teacher | PPO | RPD | on full frames | frames | training time, cores | seeds |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for label in ROWS:
-        mine, ppo = ([r for r in records if r["label"] == name] for name in (label, PPO + label))
+        mine = [record for record in records if record["label"] == label]
         if not mine:
             continue
         results = [record["result"] for record in mine]
+        ppo = [r for r in records if r["label"] == ppo_label(label, results[0]["timesteps"])]
         cells = [
             label,
             f"{statistics.mean(r['teacher']['success_once'] for r in results):.0%}",
