@@ -7,7 +7,7 @@ distilled, and ``curriculum`` says which of the losses leads.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -65,6 +65,8 @@ class OnPolicyDistillation(PPO):
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
     :param reward_ppo_coef: weight of the surrogate while the reward leads; None: ``ppo_coef``
+    :param reward_freezes: modules of the policy that do not learn while the reward leads, such as ``pi_features_extractor`` and
+        ``mlp_extractor.policy_net``, which leave an actor its last layer: with gSDE the layer that explores
     :param label_fraction: share of the student's transitions to label
     :param teacher_share: share of the training episodes that the teacher finishes, a number or a schedule of the remaining
         progress: the student begins, and the teacher takes over at a random step
@@ -91,6 +93,7 @@ class OnPolicyDistillation(PPO):
 
     needs: frozenset[str] = frozenset()
     """Labels that the teacher must give."""
+    reward_freezes: tuple[str, ...] = ()  # of models that were saved before there was such an argument
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class OnPolicyDistillation(PPO):
         success_cutoff: float | None = None,
         reward_learning_rate: float | None = None,
         reward_ppo_coef: float | None = None,
+        reward_freezes: Sequence[str] = (),
         label_fraction: float = 1.0,
         teacher_share: float | Schedule = 0.0,
         label_replay: int = 0,
@@ -143,6 +147,7 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: {reward_ppo_coef=} needs success_cutoff: else the reward never leads"
             )
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
+        self.reward_freezes = tuple(reward_freezes)
         self.label_fraction = label_fraction
         self.label_replay = label_replay
         self.replay_batch_size = replay_batch_size
@@ -163,6 +168,7 @@ class OnPolicyDistillation(PPO):
             dict_obs = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = LabelledDictRolloutBuffer if dict_obs else LabelledRolloutBuffer
         super()._setup_model()
+        self._freeze()
         self.label_replay_buffer = None
         if self.label_replay:
             n_bytes = self.label_replay * self._pair_bytes()
@@ -177,6 +183,18 @@ class OnPolicyDistillation(PPO):
         replay = self.label_replay_buffer
         if replay is not None and replay.size == 0 and self.env is not None:  # without one it only acts
             check_fits(type(self).__name__, replay.capacity, self._pair_bytes(), replay.device, self.device)
+
+    def _freeze(self) -> None:
+        """Let ``reward_freezes`` learn or not, as the curriculum says."""
+        for name in self.reward_freezes:
+            try:
+                module = self.policy.get_submodule(name)
+            except AttributeError as error:
+                known = ", ".join(child for child, _ in self.policy.named_children())
+                raise ValueError(
+                    f"{type(self).__name__}: reward_freezes names {name!r}, but the policy's modules are {known} and parts of them"
+                ) from error
+            module.requires_grad_(not self.curriculum.reward_leads)
 
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
@@ -227,8 +245,13 @@ class OnPolicyDistillation(PPO):
     def learn(self: Self, *args: Any, **kwargs: Any) -> Self:
         """As in PPO; TensorBoard's log name is that of the class.
 
-        :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit
+        :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit, or
+            ``reward_freezes`` are given though the reward never leads
         """
+        if self.reward_freezes and self.curriculum.hand_over is None:
+            raise ValueError(
+                f"{type(self).__name__}: reward_freezes={list(self.reward_freezes)} needs a hand-over: else the reward never leads"
+            )
         self._check_teacher()
         self._check_replay()
         named = {} if len(args) >= 4 else {"tb_log_name": type(self).__name__}
@@ -284,6 +307,7 @@ class OnPolicyDistillation(PPO):
         if (learning_rate := self.curriculum.learning_rate) is not None:
             update_learning_rate(self.policy.optimizer, learning_rate)
             self.logger.record("train/learning_rate", learning_rate)
+        self._freeze()
         self._gather_labels()
         self.prepare_rollout()
         self.policy.set_training_mode(True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch as th
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rpd_sb3.algos import RPD
 from rpd_sb3.algos.curriculum import CosineSchedule, Curriculum, HandOver
+from rpd_sb3.labelling import VecTeacher
+from tests.support.helpers import CountingEnv, EchoTeacher
 
 
 def leads(hand_over: HandOver, *rollouts: tuple[int, float | None]) -> list[bool]:
@@ -135,6 +139,42 @@ def test_the_surrogate_may_wait_for_the_reward() -> None:
         RPD("MlpPolicy", None, reward_ppo_coef=1.0, _init_setup_model=False)
     with pytest.raises(ValueError, match="reward_ppo_coef=-1 must not be negative"):
         RPD("MlpPolicy", None, success_cutoff=0.5, reward_ppo_coef=-1, _init_setup_model=False)
+
+
+def make_frozen(*names: str) -> RPD:
+    venv = VecTeacher(DummyVecEnv([lambda: CountingEnv(reward=lambda action: action[0])]), EchoTeacher())
+    decay = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.5}}
+    settings: dict[str, Any] = {"n_steps": 8, "batch_size": 4, "n_epochs": 1, "policy_kwargs": decay, "device": "cpu"}
+    return RPD("MlpPolicy", venv, reward_freezes=names, seed=0, **settings)
+
+
+def test_frozen_modules_learn_from_imitation_alone() -> None:
+    model = make_frozen("mlp_extractor.policy_net")
+    model.curriculum.set_hand_over(HandOver("step", 8))
+
+    def changed() -> set[str]:
+        before = {name: values.clone() for name, values in model.policy.named_parameters()}
+        model.learn(8, reset_num_timesteps=False)
+        after = dict(model.policy.named_parameters())
+        return {name.rpartition(".")[0] or name for name in before if not th.equal(before[name], after[name])}
+
+    everything = changed()
+    assert not model.curriculum.reward_leads
+    frozen = {"mlp_extractor.policy_net.0", "mlp_extractor.policy_net.2"}
+    assert frozen | {"action_net"} < everything
+    rest = changed()
+    assert model.curriculum.reward_leads
+    assert rest == everything - frozen
+    model.curriculum.reward_leads = False
+    model.curriculum.hand_over = HandOver("success", 0.5)
+    assert changed() == everything
+
+
+def test_what_cannot_be_frozen_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"RPD: reward_freezes names 'cnn', .* are features_extractor, .*action_net"):
+        make_frozen("cnn")
+    with pytest.raises(ValueError, match=r"RPD: reward_freezes=\['action_net'\] needs a hand-over"):
+        make_frozen("action_net").learn(8)
 
 
 @pytest.mark.parametrize(
