@@ -65,6 +65,8 @@ class OnPolicyDistillation(PPO):
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
     :param reward_ppo_coef: weight of the surrogate while the reward leads; None: ``ppo_coef``
+    :param reward_log_std: the policy's ``log_std`` from the hand-over on, where it goes on to be learned: while imitation leads,
+        much exploration only widens the labelled states; the reward needs little, as noise costs successes. None: as it was
     :param reward_freezes: modules of the policy that do not learn while the reward leads, such as ``pi_features_extractor`` and
         ``mlp_extractor.policy_net``, which leave an actor its last layer: with gSDE the layer that explores
     :param label_fraction: share of the student's transitions to label
@@ -93,7 +95,9 @@ class OnPolicyDistillation(PPO):
 
     needs: frozenset[str] = frozenset()
     """Labels that the teacher must give."""
-    reward_freezes: tuple[str, ...] = ()  # of models that were saved before there was such an argument
+    # Of models that were saved before there were such arguments.
+    reward_log_std: float | None = None
+    reward_freezes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class OnPolicyDistillation(PPO):
         success_cutoff: float | None = None,
         reward_learning_rate: float | None = None,
         reward_ppo_coef: float | None = None,
+        reward_log_std: float | None = None,
         reward_freezes: Sequence[str] = (),
         label_fraction: float = 1.0,
         teacher_share: float | Schedule = 0.0,
@@ -147,6 +152,7 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: {reward_ppo_coef=} needs success_cutoff: else the reward never leads"
             )
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
+        self.reward_log_std = reward_log_std
         self.reward_freezes = tuple(reward_freezes)
         self.label_fraction = label_fraction
         self.label_replay = label_replay
@@ -195,6 +201,10 @@ class OnPolicyDistillation(PPO):
                     f"{type(self).__name__}: reward_freezes names {name!r}, but the policy's modules are {known} and parts of them"
                 ) from error
             module.requires_grad_(not self.curriculum.reward_leads)
+
+    def _set_log_std(self, log_std: float) -> None:
+        with th.no_grad():
+            self.policy.log_std.fill_(log_std)
 
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
@@ -246,11 +256,17 @@ class OnPolicyDistillation(PPO):
         """As in PPO; TensorBoard's log name is that of the class.
 
         :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit, or
-            ``reward_freezes`` are given though the reward never leads
+            what is for the reward's lead is given though it never leads
         """
-        if self.reward_freezes and self.curriculum.hand_over is None:
+        for name in ("reward_log_std", "reward_freezes"):
+            if getattr(self, name) not in (None, ()) and self.curriculum.hand_over is None:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)} needs a hand-over: else the reward never leads"
+                )
+        if self.reward_log_std is not None and not hasattr(self.policy, "log_std"):
             raise ValueError(
-                f"{type(self).__name__}: reward_freezes={list(self.reward_freezes)} needs a hand-over: else the reward never leads"
+                f"{type(self).__name__}: reward_log_std={self.reward_log_std} needs a Gaussian policy, got "
+                f"{type(self.policy).__name__} on {self.action_space}"
             )
         self._check_teacher()
         self._check_replay()
@@ -263,7 +279,10 @@ class OnPolicyDistillation(PPO):
         # SB3 does this after each rollout; the first one of a resumed training would go by where the last training ended.
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         success_rate = safe_mean(self.ep_success_buffer) if self.ep_success_buffer else None
+        led = self.curriculum.reward_leads
         self.curriculum.update(self.num_timesteps, self._current_progress_remaining, success_rate)
+        if self.reward_log_std is not None and led != self.curriculum.reward_leads:
+            self._set_log_std(self.policy.log_std_init if led else self.reward_log_std)
         if self.needs:
             set_label_fraction(env, self.label_fraction if self.curriculum.distill_coef > 0 else 0.0)
         if self.curriculum.shares is not None:

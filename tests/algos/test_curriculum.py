@@ -141,15 +141,15 @@ def test_the_surrogate_may_wait_for_the_reward() -> None:
         RPD("MlpPolicy", None, success_cutoff=0.5, reward_ppo_coef=-1, _init_setup_model=False)
 
 
-def make_frozen(*names: str) -> RPD:
+def make_rpd(**kwargs: Any) -> RPD:
     venv = VecTeacher(DummyVecEnv([lambda: CountingEnv(reward=lambda action: action[0])]), EchoTeacher())
     decay = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.5}}
     settings: dict[str, Any] = {"n_steps": 8, "batch_size": 4, "n_epochs": 1, "policy_kwargs": decay, "device": "cpu"}
-    return RPD("MlpPolicy", venv, reward_freezes=names, seed=0, **settings)
+    return RPD("MlpPolicy", venv, seed=0, **settings, **kwargs)
 
 
 def test_frozen_modules_learn_from_imitation_alone() -> None:
-    model = make_frozen("mlp_extractor.policy_net")
+    model = make_rpd(reward_freezes=["mlp_extractor.policy_net"])
     model.curriculum.set_hand_over(HandOver("step", 8))
 
     def changed() -> set[str]:
@@ -172,9 +172,24 @@ def test_frozen_modules_learn_from_imitation_alone() -> None:
 
 def test_what_cannot_be_frozen_is_refused() -> None:
     with pytest.raises(ValueError, match=r"RPD: reward_freezes names 'cnn', .* are features_extractor, .*action_net"):
-        make_frozen("cnn")
-    with pytest.raises(ValueError, match=r"RPD: reward_freezes=\['action_net'\] needs a hand-over"):
-        make_frozen("action_net").learn(8)
+        make_rpd(reward_freezes=["cnn"])
+    with pytest.raises(ValueError, match=r"RPD: reward_freezes=\('action_net',\) needs a hand-over"):
+        make_rpd(reward_freezes=["action_net"]).learn(8)
+
+
+def test_the_reward_explores_in_its_own_way() -> None:
+    model = make_rpd(reward_log_std=-3.0, learning_rate=1e-9)
+    model.policy.optimizer.param_groups[0]["weight_decay"] = 0.0
+    model.curriculum.set_hand_over(HandOver("step", 8))
+    for log_std in (0.0, -3.0):
+        model.learn(8, reset_num_timesteps=False)
+        assert model.policy.log_std.tolist() == pytest.approx([log_std, log_std], abs=1e-6)
+    model.curriculum.hand_over = HandOver("success", 0.5, returns=True)
+    model.ep_success_buffer.extend([0.0] * 100)  # type: ignore[union-attr]
+    model.learn(8, reset_num_timesteps=False)
+    assert model.policy.log_std.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    with pytest.raises(ValueError, match=r"RPD: reward_log_std=-1.0 needs a hand-over"):
+        make_rpd(reward_log_std=-1.0).learn(8)
 
 
 @pytest.mark.parametrize(
