@@ -258,11 +258,11 @@ class OnPolicyDistillation(PPO):
         :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit, or
             what is for the reward's lead is given though it never leads
         """
-        for name in ("reward_log_std", "reward_freezes"):
-            if getattr(self, name) not in (None, ()) and self.curriculum.hand_over is None:
-                raise ValueError(
-                    f"{type(self).__name__}: {name}={getattr(self, name)} needs a hand-over: else the reward never leads"
-                )
+        given = {"reward_log_std": self.reward_log_std is not None, "reward_freezes": bool(self.reward_freezes)}
+        for name in (name for name, is_given in given.items() if is_given and self.curriculum.hand_over is None):
+            raise ValueError(
+                f"{type(self).__name__}: {name}={getattr(self, name)} needs a hand-over: else the reward never leads"
+            )
         if self.reward_log_std is not None and not hasattr(self.policy, "log_std"):
             raise ValueError(
                 f"{type(self).__name__}: reward_log_std={self.reward_log_std} needs a Gaussian policy, got "
