@@ -57,17 +57,11 @@ def cell(label: str, seed: int) -> Cell:
     return Cell("pixels", label, ["--algo", "rpd_ppo", *ROWS[label], *COMMON], seed)
 
 
-def ppo_label(label: str, timesteps: int) -> str:
-    """Of the baseline, which rows of the same task, observation and length have in common."""
-    obs = "rgb+state" if "rgb+state" in ROWS[label] else "rgb"
-    return f"ppo {label.split(',')[0]} {obs} {timesteps}"
-
-
 def baseline(label: str, seed: int, timesteps: int) -> Cell:
-    """PPO alone in the same environment for as many steps."""
-    name = ppo_label(label, timesteps)
-    _, task, obs, steps = name.split()
-    return Cell("pixels", name, ["--algo", "ppo", "--env", task, "--obs", obs, "-n", steps, *COMMON], seed)
+    """PPO alone in the same environment for as many steps; rows of the same task, observation and length share it."""
+    task, obs, steps = label.split(",")[0], "rgb+state" if "rgb+state" in ROWS[label] else "rgb", str(timesteps)
+    arguments = ["--algo", "ppo", "--env", task, "--obs", obs, "-n", steps, *COMMON]
+    return Cell("pixels", f"ppo {task} {obs} {steps}", arguments, seed)
 
 
 @contextmanager
@@ -109,7 +103,7 @@ def table(records: list[Record]) -> str:
         if not mine:
             continue
         results = [record["result"] for record in mine]
-        ppo = [r for r in records if r["label"] == ppo_label(label, results[0]["timesteps"])]
+        ppo = [r for r in records if r["label"] == baseline(label, 0, results[0]["timesteps"]).label]
         cells = [
             label,
             f"{statistics.mean(r['teacher']['success_once'] for r in results):.0%}",

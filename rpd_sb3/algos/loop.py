@@ -202,10 +202,6 @@ class OnPolicyDistillation(PPO):
                 ) from error
             module.requires_grad_(not self.curriculum.reward_leads)
 
-    def _set_log_std(self, log_std: float) -> None:
-        with th.no_grad():
-            self.policy.log_std.fill_(log_std)
-
     def prepare_rollout(self) -> None:
         """Edit the full rollout buffer once, before it is shuffled."""
 
@@ -258,11 +254,14 @@ class OnPolicyDistillation(PPO):
         :raises ValueError: if the environment has no teacher that gives the labels, or the label replay does not fit, or
             what is for the reward's lead is given though it never leads
         """
-        given = {"reward_log_std": self.reward_log_std is not None, "reward_freezes": bool(self.reward_freezes)}
-        for name in (name for name, is_given in given.items() if is_given and self.curriculum.hand_over is None):
-            raise ValueError(
-                f"{type(self).__name__}: {name}={getattr(self, name)} needs a hand-over: else the reward never leads"
-            )
+        for name, value in {
+            "reward_log_std": self.reward_log_std,
+            "reward_freezes": self.reward_freezes or None,
+        }.items():
+            if value is not None and self.curriculum.hand_over is None:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={value} needs a hand-over: else the reward never leads"
+                )
         if self.reward_log_std is not None and not hasattr(self.policy, "log_std"):
             raise ValueError(
                 f"{type(self).__name__}: reward_log_std={self.reward_log_std} needs a Gaussian policy, got "
@@ -282,7 +281,7 @@ class OnPolicyDistillation(PPO):
         led = self.curriculum.reward_leads
         self.curriculum.update(self.num_timesteps, self._current_progress_remaining, success_rate)
         if self.reward_log_std is not None and led != self.curriculum.reward_leads:
-            self._set_log_std(self.policy.log_std_init if led else self.reward_log_std)
+            self.policy.log_std.data.fill_(self.policy.log_std_init if led else self.reward_log_std)
         if self.needs:
             set_label_fraction(env, self.label_fraction if self.curriculum.distill_coef > 0 else 0.0)
         if self.curriculum.shares is not None:
