@@ -24,11 +24,10 @@ os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer
 
 import numpy as np
 import torch as th
+from harness import machine
 
-from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs import make_env
 from rpd_sb3.envs.visuals import VISUALS, count_triangles
-from rpd_sb3.export.runtime import cpu_name
 from rpd_sb3.teachers import make_teacher
 
 BLOCK = 10
@@ -112,15 +111,6 @@ def measure(env_id: str, size: int, rounds: int) -> dict[str, Any]:
         }
         env.close()
     return record
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs, and how many processes wanted to run meanwhile."""
-    return {
-        "cpu": cpu_name(),
-        "cores": n_cores(),
-        "load_average": round(os.getloadavg()[1], 1),
-    }
 
 
 if __name__ == "__main__":

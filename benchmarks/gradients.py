@@ -21,33 +21,34 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from harness import machine
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 
-from rpd_sb3.export.runtime import cpu_name
 from rpd_sb3.students import CompactCNN, KeypointCNN
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
 NETWORKS = {"KeypointCNN": KeypointCNN, "CompactCNN": CompactCNN}
 BATCH = 64
+LEARNING_RATE = 2e-3
+"""Of the sections ``<task>-rgb``, at the beginning."""
 BUDGET = 3.0
 """Seconds for each cell after its warm-up; at least three steps are measured, or the first one if that takes longer."""
 WARM_UP = 2
 """Steps that are not measured."""
 
 
-def make_policy(extractor: type, image_shape: tuple[int, ...], learning_rate: float = 2e-3, **kwargs: Any) -> Any:
+def make_policy(extractor: type, image_shape: tuple[int, ...], **kwargs: Any) -> Any:
     """The student of the sections ``<task>-rgb``: an image network and two heads of 256, 256.
 
     :param extractor: of features
     :param image_shape: channels first
-    :param learning_rate: of AdamW
     :param kwargs: of the extractor
     """
     return ActorCriticCnnPolicy(
         spaces.Box(0, 255, image_shape, np.uint8),
         spaces.Box(-1, 1, (7,), np.float32),
-        ConstantSchedule(learning_rate),
+        ConstantSchedule(LEARNING_RATE),
         net_arch=[256, 256],
         activation_fn=th.nn.ReLU,
         features_extractor_class=extractor,
@@ -95,16 +96,6 @@ def measure(network: str, pixels: int, threads: int, precision: str, layout: str
         if i >= WARM_UP + 2 and (time.perf_counter() > until or len(times) >= 50):
             break
     return round(1000 * statistics.median(times) / BATCH, 4)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "cpu": cpu_name(),
-        "cpu_capability": th.backends.cpu.get_cpu_capability(),
-        "gpu": th.cuda.get_device_name() if th.cuda.is_available() else None,
-        "torch": th.__version__,
-    }
 
 
 def cells(device: str, threads: list[int]) -> list[tuple[str, int, int, str, str, bool]]:

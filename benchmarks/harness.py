@@ -1,16 +1,26 @@
-"""Training runs as the cells of a table: each is one ``python -m rpd_sb3.train`` in a folder of its own."""
+"""What benchmarks share: the machine, a service, and training runs as the cells of a table.
+
+A cell is one ``python -m rpd_sb3.train`` in a folder of its own.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch as th
+
+from rpd_sb3.contract.cores import n_cores
+from rpd_sb3.export.runtime import cpu_name
 
 Record = dict[str, Any]
 """row, label, seed, command and result of a cell."""
@@ -98,3 +108,36 @@ def run(
 def load(results: Path) -> list[Record]:
     """All records; none if there is no such file yet."""
     return json.loads(results.read_text()) if results.is_file() else []
+
+
+def machine() -> dict[str, Any]:
+    """What numbers depend on, and how many processes wanted to run meanwhile."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_capability": th.backends.cpu.get_cpu_capability(),
+        "cores": n_cores(),
+        "load_average": round(os.getloadavg()[1], 1),
+        "gpu": th.cuda.get_device_name() if th.cuda.is_available() else None,
+        "torch": th.__version__,
+    }
+
+
+@contextmanager
+def service(*arguments: str, **environment: str) -> Iterator[str]:
+    """A ``python -m rpd_sb3.serve`` with these arguments, run in this folder.
+
+    :param environment: more variables of its environment
+    :return: its address, once it listens
+    :raises RuntimeError: if it ends instead
+    """
+    command = [sys.executable, "-m", "rpd_sb3.serve", *arguments]
+    where: Record = {"cwd": Path(__file__).parent, "env": os.environ | environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **where) as process:
+        try:
+            assert process.stdout is not None
+            listens = process.stdout.readline()
+            if not listens:
+                raise RuntimeError(f"the service ended: {shlex.join(command)}")
+            yield listens.split()[-1]
+        finally:
+            process.terminate()

@@ -1,11 +1,10 @@
 """What networks learn from the same labelled images in the same time: the error of actions in episodes that were left out.
 
-    python -m rpd_sb3.collect --env PickCube-v1 --teacher scripted --noise 0.3 -n 640 --out pick.npz \\
-        --env-kwargs obs:rgb "crop:[0.25,0.43,0.5]" image_size:64
-    python benchmarks/networks.py pick.npz
+    python benchmarks/networks.py
 
-One after the other, each in one thread for as many seconds of processor time, on every episode but each sixteenth. Optimizer,
-learning rate and heads are those of the sections ``<task>-rgb``.
+Collects the images first, 640 episodes of PickCube with a noisy teacher, if the file is not there. Then each network learns, one
+after the other, in one thread for as many seconds of processor time, on every episode but each sixteenth. Optimizer, learning rate
+and heads are those of the sections ``<task>-rgb``.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gradients import make_policy
+from gradients import LEARNING_RATE, make_policy
+from harness import machine
 from stable_baselines3.common.torch_layers import NatureCNN
 
 from rpd_sb3.demos.files import load
-from rpd_sb3.export.runtime import cpu_name
 from rpd_sb3.students import CompactCNN, KeypointCNN
 
 RESULTS = Path(__file__).parent / "results" / "networks.json"
@@ -36,7 +36,8 @@ NETWORKS: dict[str, tuple[type, dict[str, Any]]] = {
     "KeypointCNN, 16 channels": (KeypointCNN, {"n_channels": 16}),
     "KeypointCNN, 16 points": (KeypointCNN, {"n_points": 16}),
 }
-LEARNING_RATE = 2e-3
+COLLECT = ["--env", "PickCube-v1", "--teacher", "scripted", "--noise", "0.3", "-n", "640"]
+COLLECT += ["--env-kwargs", "obs:rgb", "crop:[0.25,0.43,0.5]", "image_size:64"]
 BATCH = 64
 HELD_OUT = 16
 """One episode of so many is not trained on."""
@@ -52,7 +53,7 @@ def fit(network: str, images: th.Tensor, labels: th.Tensor, held_out: th.Tensor,
     """
     th.manual_seed(0)
     extractor, kwargs = NETWORKS[network]
-    policy = make_policy(extractor, tuple(images.shape[1:]), LEARNING_RATE, **kwargs)
+    policy = make_policy(extractor, tuple(images.shape[1:]), **kwargs)
 
     def error(rows: th.Tensor) -> th.Tensor:
         return (policy.get_distribution(images[rows]).mode() - labels[rows]).square().mean()
@@ -79,10 +80,16 @@ def fit(network: str, images: th.Tensor, labels: th.Tensor, held_out: th.Tensor,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demos", type=Path)
+    parser.add_argument(
+        "--demos", type=Path, default=Path("logs/benchmark/pick.npz"), help="images and labels [%(default)s]"
+    )
     parser.add_argument("--seconds", type=float, default=100.0)
     args = parser.parse_args()
     th.set_num_threads(1)
+    if not args.demos.is_file():
+        args.demos.parent.mkdir(parents=True, exist_ok=True)
+        collect = [sys.executable, "-m", "rpd_sb3.collect", *COLLECT, "--out", str(args.demos)]
+        subprocess.run(collect, check=True)
     demos = load(args.demos)
     assert isinstance(demos.observations, np.ndarray), "images alone: obs:rgb"
     images = th.from_numpy(np.ascontiguousarray(np.moveaxis(demos.observations, -1, 1)))
@@ -94,9 +101,9 @@ def main() -> None:
         rows.append(row)
         print(f"| {network} | {row['weights']:,} | {row['gradients']:,} | {row['error']:.3f} |", flush=True)
     content = {
-        "command": shlex.join(["python", *sys.argv[:1], args.demos.name, *sys.argv[2:]]),
+        "command": shlex.join(["python", *sys.argv]),
         "demos": demos.metadata,
-        "cpu": cpu_name(),
+        "machine": machine(),
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-from harness import Cell, Record, load, mean_and_range, run
+from harness import Cell, Record, load, mean_and_range, run, service
 
 from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs.tasks import TASKS
@@ -39,16 +38,8 @@ ROWS = {
     "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "half-working-vla-rgb", "--teacher", URL],
 }
 """Label of a row, and the arguments of its trainings."""
-SERVICE = [
-    "-m",
-    "rpd_sb3.serve",
-    "--teacher",
-    "openvla:examples/tiny_openvla/checkpoint",
-    "--port",
-    URL.rpartition(":")[2],
-]
+SERVICE = ["--teacher", f"openvla:{Path(__file__).parents[1] / 'examples/tiny_openvla/checkpoint'}", "--port", "8765"]
 SERVICE += ["--teacher-kwargs", "image_size:224", "control_mode:pd_ee_delta_pose"]
-"""The service's own command; with one thread, as the simulator wants the other core."""
 COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 
 
@@ -62,22 +53,6 @@ def baseline(label: str, seed: int, timesteps: int) -> Cell:
     task, obs, steps = label.split(",")[0], "rgb+state" if "rgb+state" in ROWS[label] else "rgb", str(timesteps)
     arguments = ["--algo", "ppo", "--env", task, "--obs", obs, "-n", steps, *COMMON]
     return Cell("pixels", f"ppo {task} {obs} {steps}", arguments, seed)
-
-
-@contextmanager
-def service(label: str) -> Iterator[None]:
-    """The service of a row that asks one."""
-    if URL not in ROWS[label]:
-        yield
-        return
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, *SERVICE], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()  # it listens
-            yield
-        finally:
-            process.terminate()
 
 
 def beside(run_folder: Path) -> Record:
@@ -143,7 +118,8 @@ def main() -> None:
         return
     for label in args.rows:
         todo = [cell(label, seed) for seed in args.seeds]
-        with service(label):
+        # In one thread, as the simulator wants the other core.
+        with service(*SERVICE, OMP_NUM_THREADS="1") if URL in ROWS[label] else nullcontext():
             records = run(todo, args.root, RESULTS, jobs=1, extra=beside)
         timesteps = max(r["result"]["timesteps"] for r in records if r["label"] == label)
         run([baseline(label, seed, timesteps) for seed in args.ppo_seeds], args.root, RESULTS, jobs=1)

@@ -13,20 +13,18 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from gymnasium import spaces
+from harness import service
 
 from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.contract.teacher import Labels, LocalTeacher, Query, TeacherSpec
 from rpd_sb3.teachers.remote.teacher import RemoteTeacher
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "serving_ray.json"
 COST = 0.02
 """Seconds of an idle core for one label."""
@@ -82,18 +80,12 @@ def ask(url: str, rows: int, start: float, end: float) -> int:
 def measure(replicas: int, times: int, args: argparse.Namespace) -> float:
     """Labels per second of all clients together."""
     options = ["--engine", "ray", "--replicas", str(replicas), "--port", "0", "--max-batch", str(args.rows)]
-    teacher = ["--teacher", "benchmarks.serving_ray:BusyTeacher", "--teacher-kwargs", f"times:{times}"]
-    command = [sys.executable, "-m", "rpd_sb3.serve", *options, *teacher]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as service:
-        try:
-            assert service.stdout is not None
-            url = service.stdout.readline().split()[-1]
-            start = time.monotonic() + args.warm_up
-            with ThreadPoolExecutor(args.clients) as pool:
-                end = start + args.seconds
-                counts = list(pool.map(lambda _: ask(url, args.rows, start, end), range(args.clients)))
-        finally:
-            service.terminate()
+    teacher = ["--teacher", "serving_ray:BusyTeacher", "--teacher-kwargs", f"times:{times}"]
+    with service(*options, *teacher) as url:
+        start = time.monotonic() + args.warm_up
+        with ThreadPoolExecutor(args.clients) as pool:
+            end = start + args.seconds
+            counts = list(pool.map(lambda _: ask(url, args.rows, start, end), range(args.clients)))
     return sum(counts) / args.seconds
 
 

@@ -94,13 +94,18 @@ def lift_peg_upright(state: State) -> np.ndarray:
 
 
 def roll_ball(state: State) -> np.ndarray:
-    """Cradle the ball between half open fingers and sweep it towards the goal; it rolls on where the arm ends."""
+    """Cradle the ball between half open fingers and sweep it towards the goal; it rolls on where the arm ends.
+
+    It has a run-up, lest one who sees the ball a centimetre beside where it is knocks it away.
+    """
     course = state.goal - state.object
     # A little faster than the ball, lest it bounces off; the arm's speed is 0.6 ways per step of 0.05 s.
     stride = np.minimum((length(state.velocity) + 0.25) * 0.05 / 0.6, 0.65 * METRES_PER_UNIT)
-    way = push(state, state.goal, BALL - 0.005, BALL - 0.02, stride)
-    turn = turn_to(state.tcp_quat, pointing_down(heading(course)))
-    in_reach = ramp(length(flat(state.object)), 0.95, 0.85)[:, None]
+    way = push(state, state.goal, BALL - 0.005, BALL - 0.02, stride, lift_behind=False, run_up=0.05, slack=0.02)
+    distance = length(flat(state.object))
+    # A hand that leans out can put its fingertips behind a ball that is near the robot.
+    turn = turn_to(state.tcp_quat, pointing_down(heading(course), tilt=-0.3 * ramp(distance, 0.4, 0.32)))
+    in_reach = ramp(distance, 0.95, 0.85)[:, None]
     return act(state, way * in_reach, turn * in_reach, CRADLE)
 
 

@@ -236,14 +236,18 @@ def push(
     height: float,
     stride: np.ndarray | float = np.inf,
     lift_behind: bool = True,
+    run_up: float = 0.015,
+    slack: float = 0.015,
 ) -> np.ndarray:
     """Way of the tool centre point (N, 3) that gets behind the object, low, and pushes it straight to the goal.
 
     :param goal: (N, 3) where the object should go, a point on the table
     :param standoff: distance of the tool centre point from the object's centre on contact
     :param height: of the tool centre point above the table while pushing
-    :param lift_behind: False to stay low where the tool centre point is behind the object already
     :param stride: longest way to ask for while pushing, a number or (N,)
+    :param lift_behind: False to stay low where the tool centre point is behind the object already
+    :param run_up: distance from where it gets behind the object to where it meets it
+    :param slack: how far aside of the line from the goal through the object it may be, and how far beside the object, to push
     """
     course = flat(goal - state.object)
     direction = course / np.maximum(length(course), 1e-6)[:, None]
@@ -251,12 +255,12 @@ def push(
     ahead = np.sum(back * direction, axis=-1)
     across = length(back - ahead[:, None] * direction)
     ready = (
-        ramp(ahead, 0.01 - standoff, -standoff)
-        * ramp(across, 0.03, 0.015)
+        ramp(ahead, slack - 0.005 - standoff, slack - 0.015 - standoff)
+        * ramp(across, 2 * slack, slack)
         * ramp(state.tcp[:, 2], height + 0.03, height + 0.015)
     )
     hover = HOVER * np.maximum(ramp(ahead, 0.015 - standoff, 0.03 - standoff), lift_behind)
-    behind = flat(state.object - (standoff + 0.015) * direction) + [0, 0, height] - state.tcp
+    behind = flat(state.object - (standoff + run_up) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
     onward = cap(flat(behind + left), stride) + upwards(behind[:, 2])
