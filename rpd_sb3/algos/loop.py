@@ -141,6 +141,10 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs an algorithm "
                 f"with a teacher, label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
             )
+        if image_shift and not self.needs:
+            raise ValueError(
+                f"{type(self).__name__}: image_shift={image_shift} is for a teacher's labels, and none are asked for"
+            )
         check_choice(type(self).__name__, "replay_device", replay_device, DEVICES)
         self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share)
         if self.curriculum.shares is not None and not self.needs:

@@ -80,10 +80,11 @@ class OPD(GroupedRollouts):
         hand_over = HandOver(then_on, then_value)
         if estimator == "sampled" and (divergence != "reverse_kl" or kwargs.get("normalize_advantage")):
             raise ValueError("OPD: estimator='sampled' needs divergence='reverse_kl' and normalize_advantage=False")
-        if estimator == "sampled" and kwargs.get("imitation_updates") is not None:
-            raise ValueError(
-                "OPD: imitation_updates needs estimator='full'; a sampled estimate is of the student's own tokens"
-            )
+        for key in ("label_replay", "imitation_updates", "image_shift"):
+            if estimator == "sampled" and kwargs.get(key):
+                raise ValueError(
+                    f"OPD: {key}={kwargs[key]} needs estimator='full'; a sampled estimate is of the student's own tokens"
+                )
         if teacher_temperature <= 0 or not 0 <= teacher_floor < 1:
             raise ValueError(f"OPD: {teacher_temperature=} must be positive, and {teacher_floor=} must lie in [0, 1)")
         if then == "grpo" and group_size < 2:

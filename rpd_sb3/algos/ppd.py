@@ -31,8 +31,8 @@ class PPD(OnPolicyDistillation):
 
     :param direction: ``forward`` or ``reverse``
     :param teacher_floor: share of the uniform distribution that is mixed into a teacher's tokens
-    :param kwargs: arguments of :class:`OnPolicyDistillation` and PPO; there is no label replay, as the ratio is that of the
-        student's own actions
+    :param kwargs: arguments of :class:`OnPolicyDistillation` and PPO; there is no label replay and no shift of images, as the
+        ratio is that of the student's own actions on what it saw
     :raises ValueError: for an unknown direction, or an action space without a closed form
     """
 
@@ -50,7 +50,7 @@ class PPD(OnPolicyDistillation):
         check_choice("PPD", "direction", direction, ("forward", "reverse"))
         if not 0 <= teacher_floor < 1:
             raise ValueError(f"PPD: teacher_floor={teacher_floor} must lie in [0, 1)")
-        for key, unused in {"label_replay": 0, "imitation_updates": None}.items():
+        for key, unused in {"label_replay": 0, "imitation_updates": None, "image_shift": 0}.items():
             if (value := kwargs.get(key, unused)) != unused:
                 raise ValueError(f"PPD: {key}={value} has no ratio of the student's own actions; leave it at {unused}")
         self.direction = direction

@@ -177,8 +177,9 @@ def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None
 
 def test_algorithms_that_cannot_replay_refuse() -> None:
     kwargs: dict[str, Any] = {"imitation_updates": 1.0, "label_replay": 9, "replay_batch_size": 3}
-    with pytest.raises(ValueError, match=r"OPD: imitation_updates needs estimator='full'"):
-        OPD(TokenPolicy, make_token_venv(TokenTeacher(rough)), estimator="sampled", **kwargs)
+    for key, value in {"imitation_updates": 1.0, "label_replay": 9, "image_shift": 2}.items():
+        with pytest.raises(ValueError, match=rf"OPD: {key}={value} needs estimator='full'"):
+            OPD(TokenPolicy, make_token_venv(TokenTeacher(rough)), estimator="sampled", **{key: value})
     with pytest.raises(ValueError, match=r"PPD: imitation_updates=1\.0 has no ratio"):
         PPD("MlpPolicy", make_venv(), imitation_updates=1.0)
     with pytest.raises(ValueError, match=r"GRPO: imitation_updates=1\.0 .* needs an algorithm with a teacher"):

@@ -197,6 +197,7 @@ def test_actions_without_a_closed_form_are_refused() -> None:
         ({"direction": "backward"}, "PPD: direction='backward' is unknown; choose one of forward, reverse"),
         ({"teacher_floor": 1.0}, r"PPD: teacher_floor=1\.0 must lie in \[0, 1\)"),
         ({"imitation_updates": 1.0}, r"PPD: imitation_updates=1\.0 has no ratio of the student's own actions"),
+        ({"image_shift": 2}, "PPD: image_shift=2 has no ratio of the student's own actions"),
         ({"label_replay": 10}, "PPD: label_replay=10 has no ratio of the student's own actions"),
     ],
 )

@@ -240,13 +240,17 @@ def test_a_teacher_that_cannot_act_is_refused_before_training() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "kwargs", "message"),
     [
-        (GRPO, {"group_size": 2}, r"GRPO: teacher_share=0\.5 needs a teacher, and none is asked"),
-        (ROAD, {"alpha": 0.0}, r"ROAD: teacher_share=0\.5 is for a teacher's labels, and ROAD asks no teacher"),
+        (GRPO, {"group_size": 2, "teacher_share": 0.5}, r"GRPO: teacher_share=0\.5 needs a teacher, and none is asked"),
+        (ROAD, {"alpha": 0.0, "teacher_share": 0.5}, r"ROAD: teacher_share=0\.5 is for a teacher's labels"),
+        (GRPO, {"group_size": 2, "image_shift": 2}, "GRPO: image_shift=2 is for a teacher's labels"),
+        (ROAD, {"alpha": 0.0, "image_shift": 2}, "ROAD: image_shift=2 is for a teacher's labels"),
     ],
 )
-def test_algorithms_that_ask_no_teacher_refuse_a_share(algorithm: Any, kwargs: dict[str, Any], message: str) -> None:
+def test_algorithms_that_ask_no_teacher_refuse_what_is_for_one(
+    algorithm: Any, kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        algorithm(TokenPolicy, make_venv(), teacher_share=0.5, **kwargs, **TOKENS)
+        algorithm(TokenPolicy, make_venv(), **kwargs, **TOKENS)
 
 
 def acting(teacher: Any, **kwargs: Any) -> VecTeacher:
