@@ -87,9 +87,11 @@ class Curriculum:
     :param reward_learning_rate: learning rate while the reward leads; None: the algorithm's own
     :param teacher_share: share of the training episodes that the teacher finishes while imitation leads, a number or a
         schedule of the remaining progress
-    :raises ValueError: if a weight is negative, a learning rate not positive, or a share outside [0, 1]
+    :param reward_from: timesteps before which the reward does not take the lead
+    :raises ValueError: if a weight or a number of timesteps is negative, a learning rate not positive, or a share outside [0, 1]
     """
 
+    reward_from = 0  # also of curricula that were saved before there was such an argument
     shares: Schedule | None = None
     """``teacher_share`` as scheduled; None: the teacher never acts."""
     teacher_share = 0.0
@@ -101,6 +103,7 @@ class Curriculum:
         ppo_coef: float,
         reward_learning_rate: float | None = None,
         teacher_share: float | Schedule = 0.0,
+        reward_from: int = 0,
     ) -> None:
         if not callable(distill_coef) and not distill_coef >= 0:
             raise ValueError(f"distill_coef={distill_coef} must not be negative")
@@ -108,6 +111,8 @@ class Curriculum:
             raise ValueError(f"ppo_coef={ppo_coef} must not be negative")
         if reward_learning_rate is not None and not reward_learning_rate > 0:
             raise ValueError(f"reward_learning_rate={reward_learning_rate} must be positive")
+        if not reward_from >= 0:
+            raise ValueError(f"reward_from={reward_from} must not be negative")
         if callable(teacher_share) or teacher_share != 0:
             self.shares = FloatSchedule(teacher_share)
             if not all(0 <= self.shares(progress) <= 1 for progress in (1.0, 0.0)):
@@ -115,6 +120,7 @@ class Curriculum:
         self.schedule = FloatSchedule(distill_coef)
         self.ppo_coef = ppo_coef
         self.reward_learning_rate = reward_learning_rate
+        self.reward_from = reward_from
         self.hand_over: HandOver | None = None
         self.reward_ppo_coef = ppo_coef
         """Weight of the surrogate while the reward leads."""
@@ -151,7 +157,8 @@ class Curriculum:
         :param success_rate: of the last training episodes; None: not known
         """
         if self.hand_over is not None and not self.reward_leads:
-            self.reward_leads = self.hand_over.is_due(timesteps, success_rate)
+            due = self.hand_over.is_due(timesteps, success_rate)
+            self.reward_leads = due and timesteps >= self.reward_from
             self._handed_over_at = progress_remaining
         elif self.hand_over is not None and self.hand_over.is_lost(success_rate):
             self.reward_leads = False

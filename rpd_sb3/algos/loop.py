@@ -62,6 +62,8 @@ class OnPolicyDistillation(PPO):
         teacher is not asked
     :param success_cutoff: success rate of the last training episodes at which the reward takes over: the weight is 0 from
         there on, and back if the success rate falls below half of that. None: no hand-over
+    :param reward_from: timesteps before which the reward does not take over, whatever the success rate: of a teacher that succeeds
+        seldom, a few lucky episodes would end the imitation
     :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
         larger one than the policy gradient does. None: the same
     :param reward_ppo_coef: weight of the surrogate while the reward leads; None: ``ppo_coef``
@@ -106,6 +108,7 @@ class OnPolicyDistillation(PPO):
         *,
         distill_coef: float | Schedule = 1.0,
         success_cutoff: float | None = None,
+        reward_from: int = 0,
         reward_learning_rate: float | None = None,
         reward_ppo_coef: float | None = None,
         reward_log_std: float | None = None,
@@ -146,7 +149,7 @@ class OnPolicyDistillation(PPO):
                 f"{type(self).__name__}: image_shift={image_shift} is for a teacher's labels, and none are asked for"
             )
         check_choice(type(self).__name__, "replay_device", replay_device, DEVICES)
-        self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share)
+        self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share, reward_from)
         if self.curriculum.shares is not None and not self.needs:
             raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")
         if success_cutoff is not None:
@@ -259,6 +262,7 @@ class OnPolicyDistillation(PPO):
             what is for the reward's lead is given though it never leads
         """
         for name, value in {
+            "reward_from": self.curriculum.reward_from or None,
             "reward_log_std": self.reward_log_std,
             "reward_freezes": self.reward_freezes or None,
         }.items():

@@ -148,6 +148,18 @@ def make_rpd(**kwargs: Any) -> RPD:
     return RPD("MlpPolicy", venv, seed=0, **settings, **kwargs)
 
 
+def test_the_reward_waits_for_its_time_also_at_a_high_success_rate() -> None:
+    curriculum = Curriculum(1.0, 0.0, reward_from=100)
+    curriculum.set_hand_over(HandOver("success", 0.5, returns=True))
+    for timesteps, leads in ((0, False), (99, False), (100, True), (101, True)):
+        curriculum.update(timesteps, 0.5, 0.9)
+        assert curriculum.reward_leads == leads
+    with pytest.raises(ValueError, match="reward_from=-1 must not be negative"):
+        make_rpd(reward_from=-1)
+    with pytest.raises(ValueError, match=r"RPD: reward_from=8 needs a hand-over"):
+        make_rpd(reward_from=8).learn(8)
+
+
 def test_frozen_modules_learn_from_imitation_alone() -> None:
     model = make_rpd(reward_freezes=["mlp_extractor.policy_net"])
     model.curriculum.set_hand_over(HandOver("step", 8))
