@@ -238,6 +238,7 @@ def push(
     lift_behind: bool = True,
     run_up: float = 0.015,
     slack: float = 0.015,
+    hover: float = HOVER,
 ) -> np.ndarray:
     """Way of the tool centre point (N, 3) that gets behind the object, low, and pushes it straight to the goal.
 
@@ -247,7 +248,8 @@ def push(
     :param stride: longest way to ask for while pushing, a number or (N,)
     :param lift_behind: False to stay low where the tool centre point is behind the object already
     :param run_up: distance from where it gets behind the object to where it meets it
-    :param slack: how far aside of the line from the goal through the object it may be, and how far beside the object, to push
+    :param slack: how far aside of the line from the goal through the object, beside the object and above the height it may push
+    :param hover: height above the pushing height that is safe to travel at
     """
     course = flat(goal - state.object)
     direction = course / np.maximum(length(course), 1e-6)[:, None]
@@ -257,11 +259,13 @@ def push(
     ready = (
         ramp(ahead, slack - 0.005 - standoff, slack - 0.015 - standoff)
         * ramp(across, 2 * slack, slack)
-        * ramp(state.tcp[:, 2], height + 0.03, height + 0.015)
+        * ramp(state.tcp[:, 2], height + 2 * slack, height + slack)
     )
-    hover = HOVER * np.maximum(ramp(ahead, 0.015 - standoff, 0.03 - standoff), lift_behind)
+    # Who comes from above goes down where it gets behind, not on the object; who is low already is behind from contact on.
+    high = ramp(state.tcp[:, 2], height + 0.02, height + 0.05)
+    over = ramp(ahead + (run_up - 0.015) * high, 0.015 - standoff, 0.03 - standoff)
     behind = flat(state.object - (standoff + run_up) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
     onward = cap(flat(behind + left), stride) + upwards(behind[:, 2])
-    return blend(ready, onward, funnel(behind, hover=hover))
+    return blend(ready, onward, funnel(behind, hover=hover * np.maximum(over, lift_behind)))
