@@ -84,7 +84,8 @@ class Curriculum:
 
     :param distill_coef: weight of the distillation term while imitation leads, a number or a schedule of the remaining progress
     :param ppo_coef: weight of the surrogate while imitation leads
-    :param reward_learning_rate: learning rate while the reward leads; None: the algorithm's own
+    :param reward_learning_rate: learning rate while the reward leads, a number or a schedule of the remaining progress; None: the
+        algorithm's own
     :param teacher_share: share of the training episodes that the teacher finishes while imitation leads, a number or a
         schedule of the remaining progress
     :param reward_from: timesteps before which the reward does not take the lead
@@ -101,7 +102,7 @@ class Curriculum:
         self,
         distill_coef: float | Schedule,
         ppo_coef: float,
-        reward_learning_rate: float | None = None,
+        reward_learning_rate: float | Schedule | None = None,
         teacher_share: float | Schedule = 0.0,
         reward_from: int = 0,
     ) -> None:
@@ -109,7 +110,7 @@ class Curriculum:
             raise ValueError(f"distill_coef={distill_coef} must not be negative")
         if not ppo_coef >= 0:
             raise ValueError(f"ppo_coef={ppo_coef} must not be negative")
-        if reward_learning_rate is not None and not reward_learning_rate > 0:
+        if not (reward_learning_rate is None or callable(reward_learning_rate) or reward_learning_rate > 0):
             raise ValueError(f"reward_learning_rate={reward_learning_rate} must be positive")
         if not reward_from >= 0:
             raise ValueError(f"reward_from={reward_from} must not be negative")
@@ -176,10 +177,11 @@ class Curriculum:
         """Weight of the surrogate in the coming update."""
         return self.reward_ppo_coef if self.reward_leads else self.ppo_coef
 
-    @property
-    def learning_rate(self) -> float | None:
+    def learning_rate(self, progress_remaining: float) -> float | None:
         """Learning rate of the coming update; None: the algorithm's own."""
-        return self.reward_learning_rate if self.reward_leads else None
+        if not self.reward_leads or self.reward_learning_rate is None:
+            return None
+        return float(FloatSchedule(self.reward_learning_rate)(progress_remaining))
 
 
 def curriculum_of_version_0_1(saved: dict[str, Any]) -> Curriculum:

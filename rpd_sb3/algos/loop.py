@@ -64,8 +64,8 @@ class OnPolicyDistillation(PPO):
         there on, and back if the success rate falls below half of that. None: no hand-over
     :param reward_from: timesteps before which the reward does not take over, whatever the success rate: of a teacher that succeeds
         seldom, a few lucky episodes would end the imitation
-    :param reward_learning_rate: learning rate while the reward leads: imitation learns from exact targets and stands a
-        larger one than the policy gradient does. None: the same
+    :param reward_learning_rate: learning rate while the reward leads, a number or a schedule: imitation learns from exact targets
+        and stands a larger one than the policy gradient does. None: the same
     :param reward_ppo_coef: weight of the surrogate while the reward leads; None: ``ppo_coef``
     :param reward_log_std: the policy's ``log_std`` from the hand-over on, where it goes on to be learned: while imitation leads,
         much exploration only widens the labelled states; the reward needs little, as noise costs successes. None: as it was
@@ -109,7 +109,7 @@ class OnPolicyDistillation(PPO):
         distill_coef: float | Schedule = 1.0,
         success_cutoff: float | None = None,
         reward_from: int = 0,
-        reward_learning_rate: float | None = None,
+        reward_learning_rate: float | Schedule | None = None,
         reward_ppo_coef: float | None = None,
         reward_log_std: float | None = None,
         reward_freezes: Sequence[str] = (),
@@ -330,7 +330,7 @@ class OnPolicyDistillation(PPO):
     def train(self) -> None:
         """Update the policy with the rollout just collected: SB3's PPO plus the distillation term."""
         self._update_learning_rate(self.policy.optimizer)
-        if (learning_rate := self.curriculum.learning_rate) is not None:
+        if (learning_rate := self.curriculum.learning_rate(self._current_progress_remaining)) is not None:
             update_learning_rate(self.policy.optimizer, learning_rate)
             self.logger.record("train/learning_rate", learning_rate)
         self._freeze()

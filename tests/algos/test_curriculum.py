@@ -78,11 +78,8 @@ def test_without_a_hand_over_the_schedule_is_followed() -> None:
     curriculum = Curriculum(lambda progress: 2 * progress, 0.3)
     for progress in (1.0, 0.25, 0.0):
         curriculum.update(10, progress, 1.0)
-        assert (curriculum.distill_coef, curriculum.surrogate_coef, curriculum.learning_rate) == (
-            2 * progress,
-            0.3,
-            None,
-        )
+        assert (curriculum.distill_coef, curriculum.surrogate_coef) == (2 * progress, 0.3)
+        assert curriculum.learning_rate(progress) is None
 
 
 def test_residual_falls_linearly_from_the_hand_over_to_the_end() -> None:
@@ -93,8 +90,18 @@ def test_residual_falls_linearly_from_the_hand_over_to_the_end() -> None:
         curriculum.update(timesteps, progress, None)
         coefs.append(curriculum.distill_coef)
         leads = timesteps > 0
-        assert (curriculum.surrogate_coef, curriculum.learning_rate) == ((1.0, 1e-5) if leads else (0.0, None))
+        assert (curriculum.surrogate_coef, curriculum.learning_rate(progress)) == (
+            (1.0, 1e-5) if leads else (0.0, None)
+        )
     assert coefs == [1.0, 0.5, 0.25, 0.125, 0.0]
+
+
+def test_the_reward_learns_at_the_rate_of_its_schedule() -> None:
+    curriculum = Curriculum(1.0, 0.0, reward_learning_rate=lambda progress: 4e-3 * progress)
+    curriculum.set_hand_over(HandOver("step", 20))
+    for timesteps, progress, learning_rate in ((0, 1.0, None), (50, 0.5, 2e-3), (75, 0.25, 1e-3)):
+        curriculum.update(timesteps, progress, None)
+        assert curriculum.learning_rate(progress) == learning_rate
 
 
 def test_residual_starts_again_from_its_full_weight_when_training_is_extended() -> None:

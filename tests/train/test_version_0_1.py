@@ -64,7 +64,7 @@ def test_a_success_cutoff_is_kept() -> None:
     teacher = GaussianTeacher(lambda points: (points, np.ones_like(points)))
     model = RPD.load(SAVED / "models" / "rpd.zip", env=make_venv(teacher, tokens=False))
     curriculum = model.curriculum
-    assert (curriculum.reward_leads, curriculum.learning_rate, curriculum.surrogate_coef) == (True, 1e-5, 1.0)
+    assert (curriculum.reward_leads, curriculum.learning_rate(1.0), curriculum.surrogate_coef) == (True, 1e-5, 1.0)
     curriculum.update(0, 1.0, 0.0)
     assert not curriculum.reward_leads
     model.learn(32, reset_num_timesteps=False)
