@@ -112,7 +112,7 @@ class OnPolicyDistillation(PPO):
         reward_learning_rate: float | Schedule | None = None,
         reward_ppo_coef: float | None = None,
         reward_log_std: float | None = None,
-        reward_freezes: Sequence[str] = (),
+        reward_freezes: Sequence[str] | None = None,
         label_fraction: float = 1.0,
         teacher_share: float | Schedule = 0.0,
         label_replay: int = 0,
@@ -160,7 +160,7 @@ class OnPolicyDistillation(PPO):
             )
         super().__init__(policy, env, _init_setup_model=False, **kwargs)  # type: ignore[arg-type]
         self.reward_log_std = reward_log_std
-        self.reward_freezes = tuple(reward_freezes)
+        self.reward_freezes = tuple(reward_freezes or ())
         self.label_fraction = label_fraction
         self.label_replay = label_replay
         self.replay_batch_size = replay_batch_size
