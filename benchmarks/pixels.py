@@ -38,7 +38,8 @@ ROWS = {
     "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "half-working-vla-rgb", "--teacher", URL],
 }
 """Label of a row, and the arguments of its trainings."""
-SERVICE = ["--teacher", f"openvla:{Path(__file__).parents[1] / 'examples/tiny_openvla/checkpoint'}", "--port", "8765"]
+CHECKPOINT = Path(__file__).parents[1] / "examples/tiny_openvla/checkpoint"
+SERVICE = ["--teacher", f"openvla:{CHECKPOINT}", "--port", URL.rpartition(":")[2]]
 SERVICE += ["--teacher-kwargs", "image_size:224", "control_mode:pd_ee_delta_pose"]
 COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 

@@ -40,9 +40,7 @@ TOOL_WIDTH = 0.025  # half of the handle's
 HOOK = (0.175, 0.0625)  # centre of the part that sticks out, along and beside the handle
 PEG_GRIP = 0.09  # from the centre of the peg to where its end is lifted
 LOOSE = 0.2  # gripper action that carries the peg but lets it turn about the fingers
-CRADLE = (
-    -0.1
-)  # gripper action that leaves 2.5 cm between the fingers: the ball rests against both and cannot roll aside
+CRADLE = -0.1  # gripper action that leaves 2.5 cm between the fingers: the ball rests against both
 
 
 def pick_cube(state: State) -> np.ndarray:
@@ -96,7 +94,7 @@ def lift_peg_upright(state: State) -> np.ndarray:
 
 
 def roll_ball(state: State) -> np.ndarray:
-    """Cradle the ball between half open fingers and sweep it towards the goal; it rolls on where the arm ends.
+    """Cradle the ball between fingers that are nearly closed and sweep it towards the goal; it rolls on where the arm ends.
 
     It forgives: a student that sees the ball or its hand a centimetre beside where they are still rolls it into the goal.
     """
