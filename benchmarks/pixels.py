@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from harness import Cell, Record, load, mean_and_range, run, service
+from harness import Cell, Record, complete_run, load, mean_and_range, run, service, train
 
 from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs.tasks import TASKS
@@ -36,17 +36,24 @@ ROWS = {
     "PickCube-v1, noisy teacher": ["--env", "PickCube-v1", "--section", "noisy-teacher-rgb"],
     "PickCube-v1, biased teacher": ["--env", "PickCube-v1", "--section", "biased-teacher-rgb"],
     "PushCube-v1, tiny OpenVLA": ["--env", "PushCube-v1", "--section", "half-working-vla-rgb", "--teacher", URL],
+    "PushCube-v1, whole image": ["--env", "PushCube-v1", "--section", "whole-image"],
+    "PushCube-v1, moved camera": ["--env", "PushCube-v1", "--section", "moved-camera", "--teacher", "STUDENT"],
 }
-"""Label of a row, and the arguments of its trainings."""
+"""Label of a row, and the arguments of its trainings. STUDENT: the first one of the row before, which this trains where it is missing."""
 CHECKPOINT = Path(__file__).parents[1] / "examples/tiny_openvla/checkpoint"
 SERVICE = ["--teacher", f"openvla:{CHECKPOINT}", "--port", URL.rpartition(":")[2]]
 SERVICE += ["--teacher-kwargs", "image_size:224", "control_mode:pd_ee_delta_pose"]
 COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 
 
-def cell(label: str, seed: int) -> Cell:
+def cell(label: str, seed: int, root: Path) -> Cell:
     """One student."""
-    return Cell("pixels", label, ["--algo", "rpd_ppo", *ROWS[label], *COMMON], seed)
+    arguments = list(ROWS[label])
+    if arguments[-1] == "STUDENT":
+        before = cell("PushCube-v1, whole image", 0, root)
+        train(before, root)
+        arguments[-1] = f"sb3:{complete_run(before, root)}/best_model.zip"
+    return Cell("pixels", label, ["--algo", "rpd_ppo", *arguments, *COMMON], seed)
 
 
 def baseline(label: str, seed: int, timesteps: int) -> Cell:
@@ -118,7 +125,7 @@ def main() -> None:
         print(table(load(RESULTS)))
         return
     for label in args.rows:
-        todo = [cell(label, seed) for seed in args.seeds]
+        todo = [cell(label, seed, args.root) for seed in args.seeds]
         # In one thread, as the simulator wants the other core.
         with service(*SERVICE, OMP_NUM_THREADS="1") if URL in ROWS[label] else nullcontext():
             records = run(todo, args.root, RESULTS, jobs=1, extra=beside)
