@@ -92,7 +92,8 @@ class OnPolicyDistillation(PPO):
     :param advantage_std_floor: lower bound of the divisor in advantage normalisation. Without reward, normalisation
         would blow critic noise up to unit variance and fight the teacher; 0 is SB3's behaviour
     :param kwargs: PPO's arguments
-    :raises ValueError: if an argument is out of range, or the environment has no teacher that gives the labels
+    :raises ValueError: if an argument is out of range or for a teacher where none is asked, or the environment has no teacher that
+        gives the labels
     """
 
     needs: frozenset[str] = frozenset()
@@ -139,19 +140,24 @@ class OnPolicyDistillation(PPO):
         for name, value in (("clip_range_high", clip_range_high), ("imitation_updates", imitation_updates)):
             if value is not None and not value > 0:
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be positive")
-        if imitation_updates is not None and not (self.needs and label_replay and replay_batch_size):
+        if not self.needs:
+            for name, value, unused in (
+                ("label_fraction", label_fraction, 1.0),
+                ("teacher_share", teacher_share, 0.0),
+                ("label_replay", label_replay, 0),
+                ("imitation_updates", imitation_updates, None),
+                ("image_shift", image_shift, 0),
+            ):
+                if value != unused:
+                    who = type(self).__name__
+                    raise ValueError(f"{who}: {name}={value} is for a teacher's labels, and {who} asks none")
+        if imitation_updates is not None and not (label_replay and replay_batch_size):
             raise ValueError(
-                f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs an algorithm "
-                f"with a teacher, label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
-            )
-        if image_shift and not self.needs:
-            raise ValueError(
-                f"{type(self).__name__}: image_shift={image_shift} is for a teacher's labels, and none are asked for"
+                f"{type(self).__name__}: imitation_updates={imitation_updates} draws from past labels; it needs "
+                f"label_replay={label_replay} above 0 and replay_batch_size={replay_batch_size} to be a number"
             )
         check_choice(type(self).__name__, "replay_device", replay_device, DEVICES)
         self.curriculum = Curriculum(distill_coef, ppo_coef, reward_learning_rate, teacher_share, reward_from)
-        if self.curriculum.shares is not None and not self.needs:
-            raise ValueError(f"{type(self).__name__}: teacher_share={teacher_share} needs a teacher, and none is asked")
         if success_cutoff is not None:
             self.curriculum.set_hand_over(HandOver("success", success_cutoff, returns=True), ppo_coef=reward_ppo_coef)
         elif reward_ppo_coef is not None:

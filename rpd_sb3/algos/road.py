@@ -79,10 +79,6 @@ class ROAD(OnPolicyDistillation):
         check_choice("ROAD", "token_reduction", token_reduction, ("mean", "sum"))
         if not 0 <= alpha <= 1:
             raise ValueError(f"ROAD: alpha={alpha} must lie in [0, 1]")
-        unused_of_road = {"label_replay": 0, "label_fraction": 1.0, "teacher_share": 0.0, "imitation_updates": None}
-        for key, unused in unused_of_road.items():
-            if kwargs.get(key, unused) != unused:
-                raise ValueError(f"ROAD: {key}={kwargs[key]} is for a teacher's labels, and ROAD asks no teacher")
         if eta <= 0 or weight_clip <= 0:
             raise ValueError(f"ROAD: eta={eta} and weight_clip={weight_clip} must be positive")
         self.reference = reference

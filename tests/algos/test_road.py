@@ -319,7 +319,7 @@ def test_logged_weights_are_those_used() -> None:
         ({"divergence": "reverse_kl"}, "divergence='reverse_kl' is unknown; choose one of forward_kl, jsd"),
         ({"teacher_anchor": "start"}, "teacher_anchor='start' is unknown; choose one of current, rollout"),
         ({"token_reduction": "max"}, "token_reduction='max' is unknown; choose one of mean, sum"),
-        ({"label_replay": 10}, "ROAD: label_replay=10 is for a teacher's labels, and ROAD asks no teacher"),
+        ({"label_replay": 10}, "ROAD: label_replay=10 is for a teacher's labels, and ROAD asks none"),
         ({"label_fraction": 0.5}, r"ROAD: label_fraction=0\.5 is for a teacher's labels"),
     ],
 )

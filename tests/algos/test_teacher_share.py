@@ -240,7 +240,13 @@ def test_a_teacher_that_cannot_act_is_refused_before_training() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "kwargs", "message"),
     [
-        (GRPO, {"group_size": 2, "teacher_share": 0.5}, r"GRPO: teacher_share=0\.5 needs a teacher, and none is asked"),
+        (
+            GRPO,
+            {"group_size": 2, "teacher_share": 0.5},
+            r"GRPO: teacher_share=0\.5 is for a teacher's labels, and GRPO asks none",
+        ),
+        (GRPO, {"group_size": 2, "label_replay": 10}, "GRPO: label_replay=10 is for a teacher's labels"),
+        (GRPO, {"group_size": 2, "label_fraction": 0.5}, r"GRPO: label_fraction=0\.5 is for a teacher's labels"),
         (ROAD, {"alpha": 0.0, "teacher_share": 0.5}, r"ROAD: teacher_share=0\.5 is for a teacher's labels"),
         (GRPO, {"group_size": 2, "image_shift": 2}, "GRPO: image_shift=2 is for a teacher's labels"),
         (ROAD, {"alpha": 0.0, "image_shift": 2}, "ROAD: image_shift=2 is for a teacher's labels"),
