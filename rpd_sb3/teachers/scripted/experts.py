@@ -15,7 +15,6 @@ import numpy as np
 
 from rpd_sb3.teachers.scripted.motion import (
     CLOSED,
-    METRES_PER_UNIT,
     Grasp,
     State,
     act,
@@ -99,8 +98,9 @@ def roll_ball(state: State) -> np.ndarray:
     It forgives: a student that sees the ball or its hand a centimetre beside where they are still rolls it into the goal.
     """
     course = state.goal - state.object
-    # A little faster than the ball, lest it bounces off; the arm's speed is 0.6 ways per step of 0.05 s.
-    stride = np.minimum((length(state.velocity) + 0.25) * 0.05 / 0.6, 0.65 * METRES_PER_UNIT)
+    # Softly at first, lest it bounces off. Its place says how fast, not its speed, which a student cannot see in one image.
+    speed = 0.25 + 0.53 * ramp(state.object[:, 0], 0.5, 0.6)
+    stride = speed * 0.05 / 0.6  # the arm's speed is 0.6 ways per step of 0.05 s
     height = BALL - 0.02
     way = push(state, state.goal, BALL - 0.005, height, stride, lift_behind=False, run_up=0.05, slack=0.025, hover=0.12)
     distance = length(flat(state.object))
