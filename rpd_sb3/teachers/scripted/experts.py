@@ -102,7 +102,18 @@ def roll_ball(state: State) -> np.ndarray:
     # student cannot see in one image how fast the ball rolls already.
     stride = 0.8 * 0.05 / 0.6  # 0.8 m/s, of 0.6 ways per step of 0.05 s
     height = BALL - 0.02
-    way = push(state, state.goal, BALL - 0.005, height, stride, lift_behind=False, run_up=0.05, slack=0.025, hover=0.14)
+    way = push(
+        state,
+        state.goal,
+        BALL - 0.005,
+        height,
+        stride,
+        lift_behind=False,
+        run_up=0.05,
+        slack=0.04,
+        rise=0.025,
+        hover=0.14,
+    )
     distance = length(flat(state.object))
     # A hand that leans out can put its fingertips behind a ball that is near the robot.
     turn = turn_to(state.tcp_quat, pointing_down(heading(course), tilt=-0.3 * ramp(distance, 0.4, 0.32)))

@@ -238,6 +238,7 @@ def push(
     lift_behind: bool = True,
     run_up: float = 0.015,
     slack: float = 0.015,
+    rise: float = 0.015,
     hover: float = HOVER,
 ) -> np.ndarray:
     """Way of the tool centre point (N, 3) that gets behind the object, low, and pushes it straight to the goal.
@@ -245,10 +246,11 @@ def push(
     :param goal: (N, 3) where the object should go, a point on the table
     :param standoff: distance of the tool centre point from the object's centre on contact
     :param height: of the tool centre point above the table while pushing
-    :param stride: longest way to ask for while pushing, a number or (N,)
+    :param stride: longest way along the line to ask for while pushing, a number or (N,)
     :param lift_behind: False to stay low where the tool centre point is behind the object already
     :param run_up: distance from where it gets behind the object to where it meets it
-    :param slack: how far aside of the line from the goal through the object, beside the object and above the height it may push
+    :param slack: how far aside of the line from the goal through the object, and beside the object, it may push
+    :param rise: how far above the height it may push
     :param hover: height above the pushing height that is safe to travel at
     """
     course = flat(goal - state.object)
@@ -259,7 +261,7 @@ def push(
     ready = (
         ramp(ahead, slack - 0.005 - standoff, slack - 0.015 - standoff)
         * ramp(across, 2 * slack, slack)
-        * ramp(state.tcp[:, 2], height + 2 * slack, height + slack)
+        * ramp(state.tcp[:, 2], height + 2 * rise, height + rise)
     )
     # Who comes from above goes down where it gets behind, not on the object; who is low already is behind from contact on.
     high = ramp(state.tcp[:, 2], height + 0.02, height + 0.05)
@@ -267,5 +269,9 @@ def push(
     behind = flat(state.object - (standoff + run_up) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
-    onward = cap(flat(behind + left), stride) + upwards(behind[:, 2])
+    way = flat(behind) + left
+    onward = (
+        np.sum(way * direction, axis=-1)[:, None] * direction
+    )  # the stride leaves what leads back to the line as it is
+    onward = way - onward + cap(onward, stride) + upwards(behind[:, 2])
     return blend(ready, onward, funnel(behind, hover=hover * np.maximum(over, lift_behind)))
