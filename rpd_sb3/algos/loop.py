@@ -141,13 +141,14 @@ class OnPolicyDistillation(PPO):
             if value is not None and not value > 0:
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be positive")
         if not self.needs:
-            for name, value, unused in (
+            of_labels: tuple[tuple[str, Any, Any], ...] = (
                 ("label_fraction", label_fraction, 1.0),
                 ("teacher_share", teacher_share, 0.0),
                 ("label_replay", label_replay, 0),
                 ("imitation_updates", imitation_updates, None),
                 ("image_shift", image_shift, 0),
-            ):
+            )
+            for name, value, unused in of_labels:
                 if value != unused:
                     who = type(self).__name__
                     raise ValueError(f"{who}: {name}={value} is for a teacher's labels, and {who} asks none")
