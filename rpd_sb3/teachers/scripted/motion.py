@@ -270,8 +270,7 @@ def push(
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
     way = flat(behind) + left
-    onward = (
-        np.sum(way * direction, axis=-1)[:, None] * direction
-    )  # the stride leaves what leads back to the line as it is
-    onward = way - onward + cap(onward, stride) + upwards(behind[:, 2])
+    along = np.sum(way * direction, axis=-1)[:, None] * direction
+    # What leads back to the line is not shortened: a hand that errs must get behind the object again at full speed, too.
+    onward = way - along + cap(along, stride) + upwards(behind[:, 2])
     return blend(ready, onward, funnel(behind, hover=hover * np.maximum(over, lift_behind)))
