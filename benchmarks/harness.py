@@ -57,8 +57,8 @@ def complete_run(cell: Cell, root: Path) -> Path | None:
     return None
 
 
-def train(cell: Cell, root: Path) -> dict[str, Any]:
-    """Train one cell unless that is done already."""
+def trained(cell: Cell, root: Path) -> Path:
+    """The run folder of a cell, which is trained unless that is done already."""
     folder = root / cell.folder
     run_folder = complete_run(cell, root)
     if run_folder is None:
@@ -68,7 +68,12 @@ def train(cell: Cell, root: Path) -> dict[str, Any]:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
         run_folder = complete_run(cell, root)
         assert run_folder is not None, "a run that ends well has a complete result.json"
-    result = json.loads((run_folder / "result.json").read_text())
+    return run_folder
+
+
+def train(cell: Cell, root: Path) -> Record:
+    """The record of a cell, which is trained unless that is done already."""
+    result = json.loads((trained(cell, root) / "result.json").read_text())
     print(f"{cell.folder}: {result['student']['success_once']:.0%} in {result['wall_s']:.0f} s", flush=True)
     command = cell.text.replace(str(root), "ROOT")  # the root differs between machines
     return {"row": cell.row, "label": cell.label, "seed": cell.seed, "command": command, "result": result}
@@ -93,9 +98,7 @@ def run(
     with ThreadPoolExecutor(jobs) as pool:
         for cell, record in pool.map(lambda cell: (cell, train(cell, root)), todo):
             if extra is not None:
-                run_folder = complete_run(cell, root)
-                assert run_folder is not None
-                record |= extra(run_folder)
+                record |= extra(trained(cell, root))
             same = ("row", "label", "seed")
             # Read again: another benchmark may have written rows of its own.
             records = [r for r in load(results) if any(r[key] != record[key] for key in same)] + [record]

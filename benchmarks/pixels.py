@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from harness import Cell, Record, complete_run, load, mean_and_range, run, service, train
+from harness import Cell, Record, load, mean_and_range, run, service, trained
 
 from rpd_sb3.contract.cores import n_cores
 from rpd_sb3.envs.tasks import TASKS
@@ -47,12 +47,10 @@ COMMON = ["--eval-freq", "0", "--eval-episodes", "100"]
 
 
 def cell(label: str, seed: int, root: Path) -> Cell:
-    """One student."""
+    """One student; its teacher is trained first where that is a student, too."""
     arguments = list(ROWS[label])
     if arguments[-1] == "STUDENT":
-        before = cell("PushCube-v1, whole image", 0, root)
-        train(before, root)
-        arguments[-1] = f"sb3:{complete_run(before, root)}/best_model.zip"
+        arguments[-1] = f"sb3:{trained(cell('PushCube-v1, whole image', 0, root), root)}/best_model.zip"
     return Cell("pixels", label, ["--algo", "rpd_ppo", *arguments, *COMMON], seed)
 
 

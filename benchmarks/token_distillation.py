@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import Cell, Record, complete_run, load, mean_and_range, run, train
+from harness import Cell, Record, load, mean_and_range, run, trained
 
 RESULTS = Path(__file__).parent / "results" / "token_distillation.json"
 RARELY = ["--eval-freq", "10000", "--eval-episodes", "24", "--vec-env", "dummy"]
@@ -138,9 +138,7 @@ def road_cells(env: str, seed: int, root: Path) -> list[Cell]:
     start = f"warm_start:{warm_start(env, root)}"
     common = ["--env", env, "-n", "30000", *ONCE]
     ppo = Cell(row, "PPO", ["--algo", "ppo", *common, "--section", "tokens", "-params", start], seed)
-    train(ppo, root)
-    run_folder = complete_run(ppo, root)
-    assert run_folder is not None
+    run_folder = trained(ppo, root)
     variants = {
         "ROAD": (),
         "JSD": ("divergence:jsd",),

@@ -184,3 +184,5 @@ def test_algorithms_that_cannot_replay_refuse() -> None:
         PPD("MlpPolicy", make_venv(), imitation_updates=1.0)
     with pytest.raises(ValueError, match="GRPO: label_replay=9 is for a teacher's labels, and GRPO asks none"):
         GRPO("MlpPolicy", make_venv(), **kwargs)
+    with pytest.raises(ValueError, match=r"GRPO: imitation_updates=1\.0 is for a teacher's labels, and GRPO asks none"):
+        GRPO("MlpPolicy", make_venv(), imitation_updates=1.0)

@@ -257,10 +257,10 @@ def push(
     direction = course / np.maximum(length(course), 1e-6)[:, None]
     back = flat(state.tcp - state.object)
     ahead = np.sum(back * direction, axis=-1)
-    across = length(back - ahead[:, None] * direction)
+    aside = back - ahead[:, None] * direction
     ready = (
         ramp(ahead, slack - 0.005 - standoff, slack - 0.015 - standoff)
-        * ramp(across, 2 * slack, slack)
+        * ramp(length(aside), 2 * slack, slack)
         * ramp(state.tcp[:, 2], height + 2 * rise, height + rise)
     )
     # Who comes from above goes down where it gets behind, not on the object; who is low already is behind from contact on.
@@ -269,8 +269,6 @@ def push(
     behind = flat(state.object - (standoff + run_up) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
     left = (length(course) - glide)[:, None] * direction
-    way = flat(behind) + left
-    along = np.sum(way * direction, axis=-1)[:, None] * direction
     # What leads back to the line is not shortened: a hand that errs must get behind the object again at full speed, too.
-    onward = way - along + cap(along, stride) + upwards(behind[:, 2])
+    onward = cap(flat(behind) + left + aside, stride) - aside + upwards(behind[:, 2])
     return blend(ready, onward, funnel(behind, hover=hover * np.maximum(over, lift_behind)))
