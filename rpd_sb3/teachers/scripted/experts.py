@@ -109,7 +109,7 @@ def roll_ball(state: State) -> np.ndarray:
         height,
         stride,
         lift_behind=False,
-        run_up=0.08,
+        run_up=0.05,
         slack=0.04,
         rise=0.025,
         hover=0.14,
