@@ -95,8 +95,8 @@ def upwards(height: np.ndarray) -> np.ndarray:
     return height[:, None] * [0.0, 0.0, 1.0]
 
 
-def cap(vector: np.ndarray, limit: np.ndarray | float) -> np.ndarray:
-    """Vectors (N, 3) shortened, direction kept, to a length of at most ``limit``, a number or (N,)."""
+def cap(vector: np.ndarray, limit: float) -> np.ndarray:
+    """Vectors (N, 3) shortened, direction kept, to a length of at most ``limit``."""
     return vector * np.minimum(limit / np.maximum(length(vector), 1e-9), 1.0)[:, None]
 
 
@@ -234,7 +234,7 @@ def push(
     goal: np.ndarray,
     standoff: float,
     height: float,
-    stride: np.ndarray | float = np.inf,
+    stride: float = np.inf,
     lift_behind: bool = True,
     run_up: float = 0.015,
     slack: float = 0.015,
@@ -246,7 +246,7 @@ def push(
     :param goal: (N, 3) where the object should go, a point on the table
     :param standoff: distance of the tool centre point from the object's centre on contact
     :param height: of the tool centre point above the table while pushing
-    :param stride: longest way along the line to ask for while pushing, a number or (N,)
+    :param stride: longest way along the line to ask for while pushing
     :param lift_behind: False to stay low where the tool centre point is behind the object already
     :param run_up: distance from where it gets behind the object to where it meets it
     :param slack: how far aside of the line from the goal through the object, and beside the object, it may push
@@ -268,7 +268,7 @@ def push(
     over = ramp(ahead + (run_up - 0.015) * high, 0.015 - standoff, 0.03 - standoff)
     behind = flat(state.object - (standoff + run_up) * direction) + [0, 0, height] - state.tcp
     glide = GLIDE_TIME * np.maximum(np.sum(state.velocity * direction, axis=-1), 0.0)
-    left = (length(course) - glide)[:, None] * direction
+    along = np.clip(length(course) - glide - ahead - standoff - run_up, -stride, stride)
     # What leads back to the line is not shortened: a hand that errs must get behind the object again at full speed, too.
-    onward = cap(flat(behind) + left + aside, stride) - aside + upwards(behind[:, 2])
+    onward = along[:, None] * direction - aside + upwards(behind[:, 2])
     return blend(ready, onward, funnel(behind, hover=hover * np.maximum(over, lift_behind)))
